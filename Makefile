@@ -1,0 +1,85 @@
+# Every target does its own set-up: a clone, make and Python 3.11 or newer are enough.
+#   make PYTHON=/path/to/python3.12 test     choose the interpreter
+#   make VENV=/tmp/venv test                 put the environment elsewhere
+#   make test ARGS="-k ema"                  pass arguments on to pytest (or to the demo)
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+WORKERS ?= 2
+
+# A candidate has to run (version managers leave shims that do not), carry venv and pip, and be a version
+# for which jaxlib has wheels.
+PYTHON_OK := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+    if $$p -c '$(PYTHON_OK)' >/dev/null 2>&1; then echo $$p; break; fi; done)
+
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+METADATA := setup.cfg setup.py pyproject.toml
+RUFF_PATHS := .
+
+# Collectives on forced host devices deadlock unless XLA's thread pool has two threads per device.
+MULTI_DEVICE_ENV := NPROC=16 XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8"
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types test-single test-multi coverage slow format docs bench clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.stamp-demo ## train a CNN on scikit-learn's digits; logs in runs/digits
+	$(BIN)/python examples/digits.py $(ARGS)
+
+test: lint types test-single test-multi coverage ## everything CI runs: lint, types, tests, coverage
+
+lint: $(VENV)/.stamp-dev ## ruff: rules and format
+	$(BIN)/ruff check $(RUFF_PATHS)
+	$(BIN)/ruff format --check $(RUFF_PATHS)
+
+types: $(VENV)/.stamp-dev ## pyright on trainkit/ and examples/
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test-single: $(VENV)/.stamp-dev ## the tests that need one device
+	@rm -f .coverage .coverage.*
+	$(PYTEST) --ignore=tests/multi_device $(ARGS)
+
+test-multi: $(VENV)/.stamp-dev ## the tests in tests/multi_device, on 8 forced host devices
+	$(MULTI_DEVICE_ENV) $(PYTEST) --cov-append tests/multi_device $(ARGS)
+
+coverage: $(VENV)/.stamp-dev
+	@$(BIN)/coverage report
+
+slow: $(VENV)/.stamp-dev ## the tests marked slow, which `make test` leaves out
+	$(MULTI_DEVICE_ENV) $(BIN)/python -m pytest -m slow tests/multi_device $(ARGS)
+	$(BIN)/python -m pytest -m slow --ignore=tests/multi_device $(ARGS)
+
+format: $(VENV)/.stamp-dev ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix $(RUFF_PATHS)
+	$(BIN)/ruff format $(RUFF_PATHS)
+
+docs: $(VENV)/.stamp-dev ## build the documentation into docs/_build; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+	@echo "docs/_build/index.html"
+
+bench: $(VENV)/.stamp-dev ## run every benchmark
+	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+
+clean: ## remove the environment, caches and build products; runs/ is kept
+	rm -rf $(VENV) build dist *.egg-info docs/_build .pytest_cache .ruff_cache .coverage .coverage.*
+	find trainkit tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.14 with venv and pip was found among python3, python3.13," \
+	    "python3.12 and python3.11. Install one (on Debian also its -venv package), or name it: make PYTHON=..." >&2; \
+	    exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make the second call quick; a change of the metadata installs again.
+$(VENV)/.stamp-demo: $(METADATA) | $(BIN)/python
+	$(PIP_INSTALL) -e ".[examples,tensorboard]"
+	@touch $@
+
+$(VENV)/.stamp-dev: $(METADATA) | $(BIN)/python
+	$(PIP_INSTALL) -e ".[dev]"
+	@touch $@ $(VENV)/.stamp-demo

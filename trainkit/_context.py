@@ -1,0 +1,22 @@
+"""`StepContext`, what a loss is told about the step it runs in."""
+
+import flax.struct
+import jax
+
+
+@flax.struct.dataclass
+class StepContext:
+    """What `loss` and `predict_step` are told about the step they run in. Frozen.
+
+    Attributes:
+        train: static `bool`; True in a training step, False in evaluation and prediction.
+        step: `int32[]`, updates completed before this one.
+        rng: typed PRNG key `[]`, unique to this step: `fold_in(state.rng, step)`. The module draws its own
+            streams (`"dropout"` and any other) from the same key by the paths of its layers.
+        mask: `bool[batch]`, False for rows that only pad the batch.
+    """
+
+    train: bool = flax.struct.field(pytree_node=False)
+    step: jax.Array
+    rng: jax.Array
+    mask: jax.Array

@@ -1,0 +1,97 @@
+"""Calls the hooks of callbacks in their order, and makes sure that every callback begun is closed.
+
+Owns the order among callbacks; not when a hook is due, which is the loop's.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trainkit.callbacks._callback import Callback, Phase, Stop, Update
+from trainkit.callbacks._info import Info
+
+InfoFor = Callable[[Callback, str], Info]
+"""Makes the information for one call: `info_for(callback, hook)`."""
+
+Act = Callable[[Callback, Stop | Update], None]
+"""Carries out what a hook returned."""
+
+
+class Dispatcher:
+    """The callbacks of one fit, in order of phase and then as given."""
+
+    def __init__(self, callbacks: Sequence[Callback], info_for: InfoFor, act: Act) -> None:
+        self._callbacks = sorted(callbacks, key=lambda callback: callback.phase)
+        self._info_for, self._act = info_for, act
+        self._begun: list[Callback] = []
+
+    def implementing(self, hook: str) -> list[Callback]:
+        """Returns the callbacks that override `hook`, in order."""
+        return [callback for callback in self._callbacks if callback.implements(hook)]
+
+    def start(self) -> None:
+        """Calls `on_fit_start`; from here on each callback reached is closed at the end."""
+        for callback in self._callbacks:
+            self._begun.append(callback)
+            if callback.implements("on_fit_start"):
+                self._call(callback, "on_fit_start")
+
+    def call(self, hook: str) -> None:
+        """Calls `hook` of every callback that overrides it."""
+        self.call_each(hook, self.implementing(hook))
+
+    def call_each(self, hook: str, callbacks: Sequence[Callback]) -> None:
+        """Calls `hook` of `callbacks`, which are in order."""
+        for callback in callbacks:
+            self._call(callback, hook)
+
+    def exception(self, exc: BaseException) -> None:
+        """Tells every callback begun of `exc`; what they raise is added to it as a note."""
+        for callback in self._begun:
+            if callback.implements("on_exception"):
+                info = self._info_for(callback, "on_exception")
+                try:
+                    callback.on_exception(info, exc)
+                except Exception as error:
+                    exc.add_note(f"{_name(callback)}.on_exception raised as well: {error!r}")
+                finally:
+                    info.expire()
+
+    def close(self) -> list[BaseException]:
+        """Closes every callback begun, whatever the others do; returns what they raised."""
+        errors: list[BaseException] = []
+        for callback in self._begun:
+            if callback.implements("close"):
+                try:
+                    callback.close()
+                except BaseException as error:
+                    errors.append(error)
+        self._begun = []
+        return errors
+
+    def _call(self, callback: Callback, hook: str) -> None:
+        info = self._info_for(callback, hook)
+        try:
+            action: Any = getattr(callback, hook)(info)
+        finally:
+            info.expire()
+        if action is None:
+            return
+        if not isinstance(action, (Stop, Update)):
+            raise TypeError(
+                f"{_name(callback)}.{hook} returned {action!r}; a hook returns tk.Stop(reason), tk.Update(fn) or None."
+            )
+        self._act(callback, action)
+
+
+def before_checkpoints(callbacks: Sequence[Callback]) -> list[Callback]:
+    """Returns the callbacks of the phases before an evaluation at the same step."""
+    return [callback for callback in callbacks if callback.phase < Phase.CHECKPOINT]
+
+
+def checkpoints(callbacks: Sequence[Callback]) -> list[Callback]:
+    """Returns the callbacks of the last phase, after an evaluation at the same step."""
+    return [callback for callback in callbacks if callback.phase >= Phase.CHECKPOINT]
+
+
+def _name(callback: Callback) -> str:
+    return type(callback).__name__

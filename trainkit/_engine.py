@@ -1,0 +1,124 @@
+"""The compiled steps of one trainer, made at first use and kept. Owns compilation; not the order of calls."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import clu.metrics
+import jax
+import jax.numpy as jnp
+
+from trainkit._feed import Feed
+from trainkit._state import TrainState
+from trainkit._step import Steps, Traits, explained_errors
+from trainkit._tree import signature
+from trainkit._typing import Batch, PyTree
+from trainkit.data._batch import batch_size_of, check_batch
+from trainkit.data._source import Source
+from trainkit.hooks._ema import find_ema, view
+from trainkit.metrics._accumulator import Accumulator
+from trainkit.parallel._strategy import Strategy
+
+
+class Prepared(NamedTuple):
+    """A step ready to run on the batches of one source.
+
+    Attributes:
+        step: the compiled step.
+        accumulator: of the metrics it carries.
+        empty: what the carried metrics start from, on the devices.
+        feed: places the batches.
+    """
+
+    step: Callable[..., Any]
+    accumulator: Accumulator
+    empty: PyTree
+    feed: Feed
+
+
+class Engine:
+    """Compiles the pure steps under a strategy."""
+
+    def __init__(self, steps: Steps, strategy: Strategy, collection: type[clu.metrics.Collection]) -> None:
+        self.steps, self.strategy, self.collection = steps, strategy, collection
+        self._prepared: dict[tuple[str, str], tuple[Callable[..., Any], Accumulator, PyTree]] = {}
+
+    def init(self, seed: int, batch: Batch) -> TrainState:
+        """Returns a fresh state on the devices, initialised by one compiled program."""
+        check_batch(batch)
+        batch_size_of(batch)
+        with explained_errors():
+            return self.strategy.compile(self.steps.init)(jax.random.key(seed), self.strategy.place(batch))
+
+    def prepare_train(self, state: TrainState, source: Source, first: Batch) -> Prepared:
+        """Returns the training step for `source`, whose first batch is `first`; refuses what is wrong with it."""
+        check_batch(first)
+        rows = batch_size_of(first)
+        traits = self.steps.inspect_train(state, first)
+        exact, why = traits.per_example and not state.batch_stats, "the model keeps batch statistics"
+        if not traits.per_example:
+            why = "the loss is a scalar"
+        feed = Feed(
+            self.strategy,
+            rows=rows,
+            may_be_partial=source.may_be_partial,
+            exact=exact,
+            what="training",
+            why=why,
+        )
+        return self._prepare("training", self.steps.train, traits, feed, donate=(0,))
+
+    def prepare_eval(self, state: TrainState, source: Source, first: Batch) -> Prepared:
+        """Returns the evaluation step for `source`, as `prepare_train`."""
+        check_batch(first)
+        traits = self.steps.inspect_eval(state, first)
+        feed = Feed(
+            self.strategy,
+            rows=batch_size_of(first),
+            may_be_partial=source.may_be_partial,
+            exact=traits.per_example,
+            what="evaluation",
+            why="the loss is a scalar",
+        )
+        prepared = self._prepare("evaluation", self.steps.evaluate, traits, feed)
+        zero = self.strategy.replicate(jnp.zeros((), jnp.int32))
+        return prepared._replace(empty=(prepared.empty, zero))
+
+    def prepare_predict(self, first: Batch) -> tuple[Callable[..., Any], Feed]:
+        """Returns the prediction step and the feed for batches like `first`."""
+        check_batch(first)
+        rows = batch_size_of(first)
+        return self._predict, Feed(
+            self.strategy, rows=rows, may_be_partial=True, exact=True, what="prediction"
+        )
+
+    def averaged(self, state: TrainState) -> TrainState:
+        """Returns `state` with the averaged weights in place where a callback keeps an average, else `state`."""
+        memory = find_ema(state)
+        if memory is None:
+            return state
+        params, stats = self._read_average(state.replace(opt_state=(), hooks={}), memory)
+        return state.replace(params=params, batch_stats=stats)
+
+    @functools.cached_property
+    def _predict(self) -> Callable[..., Any]:
+        return self.strategy.compile(self.steps.predict)
+
+    @functools.cached_property
+    def _read_average(self) -> Callable[..., Any]:
+        def read(state: TrainState, memory: Any) -> tuple[PyTree, PyTree]:
+            averaged = view(state, memory)
+            return averaged.params, averaged.batch_stats
+
+        return self.strategy.compile(read)
+
+    def _prepare(
+        self, kind: str, step: Callable[..., Any], traits: Traits, feed: Feed, *, donate: tuple[int, ...] = ()
+    ) -> Prepared:
+        key = (kind, repr(signature(traits.outputs)))
+        if key not in self._prepared:
+            accumulator = Accumulator(self.collection)
+            accumulator.specify(**traits.outputs)
+            compiled = self.strategy.compile(functools.partial(step, accumulator), donate=donate)
+            self._prepared[key] = compiled, accumulator, self.strategy.replicate(accumulator.empty())
+        return Prepared(*self._prepared[key], feed)

@@ -1,0 +1,84 @@
+"""From host batches to what a compiled step takes: checked, padded, masked, placed.
+
+Owns the rule of padding; not the order of the data, which is the source's.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from trainkit._typing import Batch
+from trainkit.data._batch import batch_size_of, mask, pad
+from trainkit.parallel._strategy import Strategy
+
+_LOG = logging.getLogger("trainkit")
+
+
+class Fed(NamedTuple):
+    """One batch on the devices.
+
+    Attributes:
+        batch: leaves `[rows, ...]`.
+        mask: `bool[rows]`, None when every row is real and none ever pads.
+        real: number of real rows.
+    """
+
+    batch: Batch
+    mask: Any
+    real: int
+
+
+class Feed:
+    """Places the batches of one source for one compiled step.
+
+    Where the loss comes one per example, a smaller batch is padded to the rows of the first and masked, so the
+    step compiles once. Else it runs at its own shape, which is announced once.
+
+    Args:
+        strategy: where to place.
+        rows: rows of the first batch.
+        may_be_partial: whether a smaller batch may come.
+        exact: whether masked rows leave the step exact.
+        what: name of the step in messages, e.g. "training".
+        why: why padding is not exact, for the announcement.
+    """
+
+    def __init__(
+        self, strategy: Strategy, *, rows: int, may_be_partial: bool, exact: bool, what: str, why: str = ""
+    ) -> None:
+        self._strategy, self._exact, self._what, self._why = strategy, exact, what, why
+        self._rows = self._round_up(rows) if exact else rows
+        masked = exact and (may_be_partial or self._rows != rows)
+        self._full_mask = strategy.place(mask(self._rows, self._rows)) if masked else None
+        self._announced = False
+
+    def place(self, batch: Batch) -> Fed:
+        """Returns `batch` on the devices.
+
+        Raises:
+            ValueError: its leaves disagree in their leading dimension; the message names each.
+        """
+        real = batch_size_of(batch)
+        if real == self._rows:
+            return Fed(self._strategy.place(batch), self._full_mask, real)
+        if not self._exact:
+            self._announce(real)
+            return Fed(self._strategy.place(batch), None, real)
+        rows = max(self._rows, self._round_up(real))
+        place: Callable[[Any], Any] = self._strategy.place
+        return Fed(place(pad(batch, rows)), place(mask(rows, real)), real)
+
+    def _round_up(self, rows: int) -> int:
+        shards = self._strategy.shards
+        return -(-rows // shards) * shards
+
+    def _announce(self, real: int) -> None:
+        if not self._announced:
+            self._announced = True
+            _LOG.warning(
+                "a %s batch has %d examples, others %d: it is compiled at its own shape, because %s.",
+                self._what,
+                real,
+                self._rows,
+                self._why,
+            )

@@ -1,0 +1,313 @@
+"""One fit: the order of everything that happens in it, and nothing else.
+
+The step runs alone between two steps at which host code is due; `_due` knows the next one. Order at such a
+step: `on_step` (writers, then monitors), the evaluation with its hooks, `on_step` of checkpoints, `on_epoch_end`.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainkit._dispatch import Dispatcher, before_checkpoints, checkpoints
+from trainkit._engine import Engine
+from trainkit._evaluate import evaluate
+from trainkit._history import History
+from trainkit._result import FitResult
+from trainkit._state import TrainState
+from trainkit._tree import differences, is_key, signature
+from trainkit._typing import Batch
+from trainkit._when import NEVER, Cadence, Every
+from trainkit._windows import NO_METRICS, Reader, TrainMetrics
+from trainkit.callbacks._callback import Callback, Stop, Update
+from trainkit.callbacks._info import Info, Plan
+from trainkit.data._source import Source
+from trainkit.metrics._accumulator import Accumulator
+from trainkit.writers._attributed import Attributed, Ledger
+from trainkit.writers._writer import MetricWriter
+
+_END = object()
+# Carried float32 sums and int32 counts are handed to the host at least this often, and merged there in float64.
+_SEGMENT = Every(steps=512)
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a trainer stands in its data: kept between fits.
+
+    Attributes:
+        epoch: passes over the training source begun.
+        batch: batches of the running pass already used; 0 between passes.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What one fit was asked to do; exactly one of `epochs` and `steps` is given."""
+
+    source: Source
+    epochs: int | None
+    steps: int | None
+    evaluations: Mapping[str, Source]
+    eval_every: Cadence | None
+    callbacks: tuple[Callback, ...]
+    logdir: pathlib.Path | None
+
+
+class Loop:
+    """Runs one fit."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        *,
+        state: TrainState,
+        first: Batch,
+        batches: Iterator[Batch],
+        progress: Progress,
+        writer: MetricWriter,
+        history: History,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.state, self.progress = state, progress
+        self.stopped_by: str | None = None
+        self._engine, self._request, self._history, self._clock = engine, request, history, clock
+        self._batches: Iterator[Batch] | None = itertools.chain([first], batches)
+        self._prepared = engine.prepare_train(state, request.source, first)
+        self._step = int(state.step)
+        self._plan = self._make_plan()
+        self._metrics = TrainMetrics(self._prepared.accumulator, self._prepared.empty)
+        ledger = Ledger()
+        self._writers = {id(c): Attributed(writer, type(c).__name__, ledger) for c in request.callbacks}
+        self._readers: dict[int, Reader] = {id(c): self._metrics.reader() for c in request.callbacks}
+        self._epoch_reader = self._metrics.reader()
+        self._eval_metrics: Mapping[str, Any] = NO_METRICS
+        self._epoch_metrics: Mapping[str, Any] = NO_METRICS
+        self._started = clock()
+        self._dispatch = Dispatcher(request.callbacks, self._info, self._act)
+        self._steppers = _Timetable(self._dispatch.implementing("on_step"), self._step, self._started)
+        evaluation = _Chore(request.eval_every or Every(epochs=1), self._evaluate)
+        self._evaluations = _Timetable([evaluation] if request.evaluations else [], self._step, self._started)
+        self._chores = _Timetable(self._make_chores(), self._step, self._started)
+
+    # One fit --------------------------------------------------------------------------------------------------
+
+    def run(self) -> FitResult:
+        """Runs to the end, to a stop, or to the first exception, which is raised after everything is closed."""
+        error: BaseException | None = None
+        try:
+            self._dispatch.start()
+            while not self._finished():
+                self._epoch()
+            self._dispatch.call("on_fit_end")
+        except BaseException as exc:
+            error = exc
+            self._dispatch.exception(exc)
+        errors = self._dispatch.close()
+        if error is not None or errors:
+            raise error or errors[0]
+        return FitResult(
+            state=self.state,
+            step=int(self.state.step),
+            epoch=self.progress.epoch,
+            seconds=self._clock() - self._started,
+            stopped_by=self.stopped_by,
+            history=self._history,
+        )
+
+    def _make_plan(self) -> Plan:
+        request, per_epoch = self._request, self._request.source.steps_per_epoch
+        first_epoch = self.progress.epoch - (1 if self.progress.batch else 0)
+        last_epoch = None if request.epochs is None else first_epoch + request.epochs
+        steps = self._step + request.steps if request.steps is not None else None
+        if request.epochs is not None and per_epoch is not None:
+            steps = self._step + request.epochs * per_epoch - self.progress.batch
+        return Plan(self._step, steps, last_epoch, per_epoch, tuple(request.evaluations))
+
+    def _make_chores(self) -> list["_Chore"]:
+        chores = [_Chore(_SEGMENT, self._metrics.cut)]
+        blocks = self._engine.strategy.blocks_every
+        if blocks:
+            chores.append(_Chore(Every(steps=blocks), lambda: jax.block_until_ready(self._metrics.packed)))
+        return chores
+
+    def _finished(self) -> bool:
+        plan = self._plan
+        if self.stopped_by is not None:
+            return True
+        if self._request.steps is not None:
+            return plan.steps is not None and self._step >= plan.steps
+        return plan.epochs is not None and self.progress.epoch >= plan.epochs and self.progress.batch == 0
+
+    # One pass over the data -----------------------------------------------------------------------------------
+
+    def _epoch(self) -> None:
+        if self.progress.batch == 0:
+            self.progress.epoch += 1
+        batches = self._open_pass()
+        self._dispatch.call("on_epoch_start")
+        self._epoch_reader.take()
+        self._run_pass(batches)
+        self._metrics.cut()
+        self._epoch_metrics = self._epoch_reader.take()
+        self._dispatch.call("on_epoch_end")
+        self._epoch_metrics = NO_METRICS
+
+    def _open_pass(self) -> Iterator[Batch]:
+        batches, self._batches = self._batches, None
+        if batches is None:
+            batches = iter(self._request.source.batches(self.progress.epoch - 1, self.progress.batch))
+        return batches
+
+    def _run_pass(self, batches: Iterator[Batch]) -> None:
+        place, step, metrics = self._prepared.feed.place, self._prepared.step, self._metrics
+        timed = self._steppers.timed or self._evaluations.timed
+        batch = next(batches, _END)
+        if batch is _END:
+            raise ValueError(
+                f"the training source gave no batch in epoch {self.progress.epoch}. It must give batches for every "
+                "epoch; an iterator that is used up can be wrapped in a function that opens a new one."
+            )
+        due = self._due()
+        while batch is not _END:
+            fed = place(batch)
+            self.state, metrics.packed = step(self.state, metrics.packed, fed.batch, fed.mask)
+            self._step += 1
+            self.progress.batch += 1
+            # Looking one batch ahead tells whether this was the last step of the pass, and overlaps the step.
+            batch = next(batches, _END)
+            if self._step >= due or batch is _END or timed:
+                if batch is _END:
+                    self.progress.batch = 0
+                self._at_step(pass_done=batch is _END)
+                if self._finished():
+                    break
+                due = self._due()
+
+    def _due(self) -> float:
+        """Returns the next step at which the host has anything to do."""
+        end = NEVER if self._plan.steps is None else self._plan.steps
+        return min(self._steppers.next_step, self._evaluations.next_step, self._chores.next_step, end)
+
+    def _at_step(self, *, pass_done: bool) -> None:
+        epoch = self.progress.epoch if pass_done else None
+        now = self._clock()
+        steppers = self._steppers.take_due(self._step, epoch, now)
+        evaluations = self._evaluations.take_due(self._step, epoch, now)
+        for chore in self._chores.take_due(self._step, epoch, now):
+            chore.run()
+        self._dispatch.call_each("on_step", before_checkpoints(steppers))
+        # Told nothing else, a fit that ends inside a pass is evaluated where it ends.
+        ending = self._request.eval_every is None and self._finished()
+        if self._request.evaluations and (evaluations or ending):
+            self._evaluate()
+        self._dispatch.call_each("on_step", checkpoints(steppers))
+
+    # Evaluation -----------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        self._dispatch.call("on_eval_start")
+        state = self._engine.averaged(self.state)
+        self._eval_metrics = {
+            f"{name}/{metric}": value
+            for name, source in self._request.evaluations.items()
+            for metric, value in evaluate(self._engine, state, source).items()
+        }
+        self._dispatch.call("on_eval_end")
+        self._eval_metrics = NO_METRICS
+
+    # What callbacks are told, and what they ask for -----------------------------------------------------------
+
+    def _info(self, callback: Callback, hook: str) -> Info:
+        return Info(
+            step=self._step,
+            epoch=self.progress.epoch,
+            state=self.state,
+            metrics=functools.cache(functools.partial(self._metrics_for, callback, hook)),
+            history=self._history,
+            logdir=self._request.logdir,
+            writer=self._writers[id(callback)],
+            plan=self._plan,
+            seconds=self._clock() - self._started,
+            direction=functools.partial(direction_of, self._prepared.accumulator),
+        )
+
+    def _metrics_for(self, callback: Callback, hook: str) -> Mapping[str, Any]:
+        if hook in ("on_step", "on_fit_end", "on_exception"):
+            self._metrics.cut()
+            return self._readers[id(callback)].take()
+        if hook == "on_eval_end":
+            return self._eval_metrics
+        return self._epoch_metrics
+
+    def _act(self, callback: Callback, action: Stop | Update) -> None:
+        if isinstance(action, Stop):
+            self.stopped_by = self.stopped_by or action.reason
+            return
+        new = action.fn(self.state)
+        changed = differences(signature(self.state), signature(new))
+        if changed:
+            raise ValueError(
+                f"{type(callback).__name__} returned an Update that changes the structure of the state: "
+                f"{'; '.join(changed)}. Keep structure, shapes and dtypes, so that the step need not compile again."
+            )
+        # Own buffers, strong types, the layout of the state: the next step donates them and must not compile anew.
+        own = jax.tree.map(_own, new, self.state)
+        self.state = self._engine.strategy.replicate(own)
+
+
+def _own(new: Any, old: Any) -> Any:
+    return jnp.copy(new) if is_key(old) else jnp.array(new, dtype=old.dtype, copy=True)
+
+
+def direction_of(accumulator: Accumulator, name: str) -> str | None:
+    """Returns "min" or "max" for a full metric name such as `eval/accuracy`, None where nothing is registered."""
+    return accumulator.direction(name.rsplit("/", 1)[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chore:
+    """Something the loop itself does at a cadence."""
+
+    every: Cadence
+    run: Callable[[], Any]
+
+
+class _Timetable:
+    """When each of several things with a cadence `every` is due next."""
+
+    def __init__(self, things: list[Any], step: int, now: float) -> None:
+        self._things = things
+        self._steps = [thing.every.next_step(step) for thing in things]
+        self._times = [now + (thing.every.seconds or math.inf) for thing in things]
+        self.timed = any(thing.every.seconds for thing in things)
+
+    @property
+    def next_step(self) -> float:
+        """The next step at which something is due by steps."""
+        return min(self._steps, default=NEVER)
+
+    def take_due(self, step: int, epoch: int | None, now: float) -> list[Any]:
+        """Returns what is due after `step`, which completed `epoch` (None: none), at time `now`."""
+        due = []
+        for index, thing in enumerate(self._things):
+            every = thing.every
+            by_step, by_time = step >= self._steps[index], now >= self._times[index]
+            if by_step:
+                self._steps[index] = every.next_step(step)
+            if by_time:
+                self._times[index] = now + (every.seconds or math.inf)
+            if by_step or by_time or (epoch is not None and every.due_epoch(epoch)):
+                due.append(thing)
+        return due

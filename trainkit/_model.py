@@ -1,0 +1,80 @@
+"""The one place that knows how a module system initialises, binds and mutates.
+
+A step sees a `Model`: it runs functions in the scope of a module and hands back the collections they changed.
+Owns no state; another module system joins by one more subclass.
+"""
+
+import abc
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+
+from trainkit._typing import Variables
+
+ScopedFunction = Callable[..., Any]
+"""A function whose first argument is the bound module."""
+
+
+class Model(abc.ABC):
+    """What a step needs of a module system."""
+
+    apply_fn: Callable[..., Any]
+
+    @abc.abstractmethod
+    def init(self, fn: ScopedFunction, rng: jax.Array, *args: Any) -> dict[str, Any]:
+        """Returns the variables that running `fn(bound module, *args)` creates, without values sown on the way."""
+
+    @abc.abstractmethod
+    def apply(
+        self, fn: ScopedFunction, variables: Variables, rng: jax.Array, *args: Any, train: bool
+    ) -> tuple[Any, dict[str, Any]]:
+        """Runs `fn(bound module, *args)` on `variables`.
+
+        Returns:
+            Its result, and the collections it changed: all but `params` when training, sown values else.
+        """
+
+
+def _is_sown(collection: Any) -> bool:
+    """Says whether a collection made by `init` holds sown values: `sow` gathers them in tuples by default."""
+    leaves = jax.tree.leaves(collection, is_leaf=lambda node: isinstance(node, tuple))
+    return any(isinstance(leaf, tuple) for leaf in leaves)
+
+
+class LinenModel(Model):
+    """A `flax.linen` module.
+
+    Args:
+        module: an unbound `flax.linen.Module`.
+
+    Raises:
+        TypeError: it is no such module, or the class instead of an object.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        if inspect.isclass(module) and issubclass(module, nn.Module):
+            raise TypeError(
+                f"model={module.__name__}: got the class; pass an object, {module.__name__}(...)."
+            )
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"model: expected a flax.linen.Module, got {type(module).__name__}.")
+        self.module = module
+        self.apply_fn = module.apply
+
+    def init(self, fn: ScopedFunction, rng: jax.Array, *args: Any) -> dict[str, Any]:
+        variables = nn.init(fn, self.module)(rng, *args)
+        return {name: value for name, value in variables.items() if name == "params" or not _is_sown(value)}
+
+    def apply(
+        self, fn: ScopedFunction, variables: Variables, rng: jax.Array, *args: Any, train: bool
+    ) -> tuple[Any, dict[str, Any]]:
+        # In evaluation the state stays as it is, but what the loss reads back from `sow` must still be there.
+        fixed = ("params",) if train else tuple(variables)
+        result, updated = nn.apply(fn, self.module, mutable=flax.core.DenyList(fixed))(
+            variables, *args, rngs=rng
+        )
+        return result, dict(updated)

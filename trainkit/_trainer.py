@@ -1,0 +1,381 @@
+"""`Trainer`: the surface that users subclass, and the wiring behind it. Owns no step and no order of events."""
+
+import functools
+import inspect
+import itertools
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, final
+
+import clu.metrics
+import flax.linen as nn
+import jax
+import optax
+
+from trainkit._context import StepContext
+from trainkit._engine import Engine
+from trainkit._evaluate import evaluate, predict
+from trainkit._history import History
+from trainkit._loop import Loop, Progress, Request
+from trainkit._model import LinenModel
+from trainkit._overview import overview
+from trainkit._recording import open_writers
+from trainkit._result import FitResult
+from trainkit._state import TrainState
+from trainkit._step import Steps, UserFunctions
+from trainkit._tree import copy_arrays
+from trainkit._typing import Batch, Outputs, PyTree
+from trainkit._when import Cadence, as_cadence
+from trainkit.callbacks._callback import Callback
+from trainkit.callbacks._log_metrics import LogMetrics
+from trainkit.data._source import Source, as_source
+from trainkit.metrics._loss import LossMetrics
+from trainkit.parallel._resolve import resolve_strategy
+from trainkit.parallel._strategy import Strategy
+from trainkit.writers._writer import MetricWriter
+
+_OVERRIDABLE = ("loss", "metrics", "train_step", "eval_step", "predict_step", "init_variables")
+
+
+class Trainer:
+    """Trains a Flax module. Subclass it and write `loss`.
+
+    The whole surface of a subclass is `loss`, `metrics`, and for full control `train_step`, `eval_step`,
+    `predict_step` and `init_variables`; all else is final.
+
+    Args:
+        model: a `flax.linen.Module`, unbound.
+        tx: an optax transformation.
+        callbacks: objects, in the order in which they run within a phase.
+        strategy: how a step runs on the devices: `"jit"` (all local devices) or a `tk.parallel` object.
+        seed: int, of the initialisation and of every random number of the run.
+        logdir: folder for TensorBoard and JSONL logs; None writes none.
+        writers: further `MetricWriter`s; they are flushed, and stay yours to close.
+
+    Raises:
+        TypeError: an argument is of the wrong kind, e.g. a callback class instead of an object.
+        ValueError: two callbacks want the same name in `state.hooks`, or `logdir` can't be written.
+
+    Example:
+        >>> import flax.linen as nn, numpy as np, optax, trainkit as tk
+        >>> class Regression(tk.Trainer):
+        ...     def loss(self, model, batch, ctx):
+        ...         prediction = model(batch["x"])
+        ...         return ((prediction - batch["y"]) ** 2).mean(axis=-1), {}
+        >>> x = np.ones((8, 3), np.float32)
+        >>> result = Regression(nn.Dense(1), optax.sgd(0.1)).fit([{"x": x, "y": x[:, :1]}], steps=5)
+        >>> result.step
+        5
+    """
+
+    metrics: ClassVar[type[clu.metrics.Collection]] = LossMetrics
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tx: optax.GradientTransformation,
+        *,
+        callbacks: Sequence[Callback] = (),
+        strategy: str | Strategy = "jit",
+        seed: int = 0,
+        logdir: str | os.PathLike[str] | None = None,
+        writers: Sequence[MetricWriter] = (),
+    ) -> None:
+        self._model = LinenModel(model)
+        if not (hasattr(tx, "init") and hasattr(tx, "update")):
+            raise TypeError(f"tx={tx!r}: expected an optax transformation, e.g. optax.adam(1e-3).")
+        self._tx = tx
+        self._callbacks = _with_defaults(_check_callbacks(callbacks))
+        self._strategy = resolve_strategy(strategy)
+        self._seed = seed
+        self._logdir = None if logdir is None else pathlib.Path(logdir)
+        self._writers = tuple(writers)
+        self._history = History()
+        self._progress = Progress()
+        self._data: Any = None
+        self._state: TrainState | None = None
+        self._shown = False
+        _check_metrics(self.metrics)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        fixed = [name for name in vars(cls) if name in _FINAL]
+        if fixed:
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(fixed)}, which trainkit keeps to itself. A subclass may define "
+                f"{', '.join(_OVERRIDABLE)}; for anything that happens around the steps write a callback."
+            )
+
+    # What a subclass defines ----------------------------------------------------------------------------------
+
+    def loss(self, model: Any, batch: Batch, ctx: StepContext) -> tuple[jax.Array, Outputs]:
+        """Returns the losses of a batch and what the metrics are computed from. The one method you must write.
+
+        The call runs inside the scope of the bound module: `model(x)`, `model.encode(x)`,
+        `model.make_rng("dropout")` and several calls in a row work, and changed collections are kept.
+
+        Args:
+            model: your module, bound.
+            batch: leaves `[batch, ...]`.
+            ctx: what is known of the step.
+
+        Returns:
+            `losses`, float `[batch]` (or a scalar: then no batch is ever padded), and `outputs`, a mapping that
+            the metrics get as keyword arguments with `loss` `[batch]` and `mask` `bool[batch]`.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no loss. Define loss(self, model, batch, ctx) and return (losses, outputs), "
+            "e.g. return optax.l2_loss(model(batch['x'])[:, 0], batch['y']), {}."
+        )
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Outputs]:
+        """Returns the state after one update, and the outputs for the metrics. Traced; override for full control.
+
+        One call is one step, however often `apply_gradients` is called in it; batches are never padded. The key
+        of the step is `jax.random.fold_in(state.rng, state.step)`.
+        """
+        return self._engine.steps.default_update(state, batch)
+
+    def eval_step(self, state: TrainState, batch: Batch) -> Outputs:
+        """Returns one batch's outputs for the metrics, one row per example. Traced; rows that pad are masked later."""
+        return self._engine.steps.default_eval(state, batch)
+
+    def predict_step(self, model: Any, batch: Batch, ctx: StepContext) -> PyTree:
+        """Returns predictions, leaves `[batch, ...]`; runs in the scope of the bound module as `loss` does.
+
+        By default the outputs of `loss`; override it to predict without labels.
+        """
+        try:
+            return self.loss(model, batch, ctx)[1]
+        except KeyError as error:
+            raise KeyError(
+                f"{error.args[0]} is not in the batch. By default predict runs loss; to predict without it define "
+                "predict_step(self, model, batch, ctx), e.g. return model(batch['image'], train=False)."
+            ) from error
+
+    def init_variables(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
+        """Returns the variables to start from, `{"params": ..., ...}`. Traced; by default those `loss` creates."""
+        return self._engine.steps.init_variables(rng, batch)
+
+    # What a user calls ----------------------------------------------------------------------------------------
+
+    @final
+    @property
+    def state(self) -> TrainState:
+        """The current train state; set it to continue from another one, e.g. one with loaded weights."""
+        if self._state is None:
+            raise RuntimeError("there is no state yet: call trainer.init(batch) or trainer.fit(...) first.")
+        self._shown = True
+        return self._state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        if not isinstance(state, TrainState):
+            raise TypeError(f"trainer.state must be a tk.TrainState, got {type(state).__name__}.")
+        self._state, self._shown = state, True
+
+    @final
+    def init(self, batch: Batch) -> TrainState:
+        """Initialises from the seed and the shapes of one batch, and returns the state.
+
+        Args:
+            batch: leaves `[batch, ...]`, as `fit` will see them.
+        """
+        self._state = self._engine.init(self._seed, batch)
+        return self.state
+
+    @final
+    def fit(
+        self,
+        data: Any,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        eval_data: Any = None,
+        eval_every: Cadence | None = None,
+    ) -> FitResult:
+        """Trains, and returns what came of it. A second call continues where the first ended.
+
+        Args:
+            data: `tk.data.Arrays`, any other source or re-iterable of batches, or a function returning an iterator.
+            epochs: int >= 1, passes over `data`; or
+            steps: int >= 1, updates.
+            eval_data: one source, reported as `eval/...`, or a mapping of names to sources.
+            eval_every: a cadence; by default after every epoch and at the end.
+
+        Returns:
+            The result, with the state, the history and why the fit ended.
+
+        Raises:
+            ValueError: not exactly one of `epochs` and `steps`; bad data; a loss that returns the wrong thing.
+        """
+        _check_length(epochs, steps)
+        if eval_every is not None:
+            as_cadence(eval_every, "eval_every")
+        source, evaluations = as_source(data), _evaluations(eval_data)
+        self._aim_at(data)
+        request = Request(source, epochs, steps, evaluations, eval_every, self._callbacks, self._logdir)
+        first, batches = _peek(source, self._progress)
+        state = self._begin(first)
+        with open_writers(self._logdir, self._writers, self._history) as writer:
+            loop = Loop(
+                self._engine,
+                request,
+                state=state,
+                first=first,
+                batches=batches,
+                progress=self._progress,
+                writer=writer,
+                history=self._history,
+            )
+            try:
+                result = loop.run()
+            finally:
+                self._state, self._shown = loop.state, True
+        return result
+
+    @final
+    def evaluate(self, data: Any, *, weights: Literal["ema", "live"] = "ema") -> dict[str, Any]:
+        """Returns the metrics over one pass of `data`, exact: each example counted once.
+
+        Args:
+            data: as for `fit`.
+            weights: "ema" for the averaged weights where a callback keeps an average, "live" for the current ones.
+
+        Returns:
+            Floats by name, NumPy arrays for metrics that are not scalars.
+        """
+        return evaluate(self._engine, self._weights(weights), as_source(data))
+
+    @final
+    def predict(self, data: Any, *, weights: Literal["ema", "live"] = "ema") -> PyTree:
+        """Returns what `predict_step` gives for each example of `data`, in order, as NumPy arrays.
+
+        Args:
+            data: as for `fit`.
+            weights: as for `evaluate`.
+        """
+        return predict(self._engine, self._weights(weights), as_source(data))
+
+    @final
+    def summary(self) -> str:
+        """Returns a table of the parameters: names, shapes, counts, bytes; then the totals of the whole state."""
+        return overview(self.state, self._strategy.describe())
+
+    # Wiring ---------------------------------------------------------------------------------------------------
+
+    @final
+    @functools.cached_property
+    def _engine(self) -> Engine:
+        hooks = tuple(hook for callback in self._callbacks if (hook := callback.step_hook()) is not None)
+        user = UserFunctions(
+            loss=self.loss,
+            predict_step=self.predict_step,
+            init_variables=self._overridden("init_variables"),
+            train_step=self._overridden("train_step"),
+            eval_step=self._overridden("eval_step"),
+        )
+        steps = Steps(model=self._model, tx=self._tx, strategy=self._strategy, hooks=hooks, user=user)
+        return Engine(steps, self._strategy, self.metrics)
+
+    def _overridden(self, name: str) -> Any:
+        return None if getattr(type(self), name) is getattr(Trainer, name) else getattr(self, name)
+
+    def _aim_at(self, data: Any) -> None:
+        # The same data goes on inside its pass; other data begin a pass of their own.
+        if data is not self._data:
+            self._progress.batch = 0
+        self._data = data
+
+    def _begin(self, first: Batch) -> TrainState:
+        if self._state is None:
+            self.init(first)
+            self._shown = False
+        # The step takes the buffers of its state: what the user may still hold is left whole.
+        state = copy_arrays(self.state) if self._shown else self._state
+        assert state is not None
+        return self._strategy.replicate(state)
+
+    def _weights(self, weights: str) -> TrainState:
+        if weights not in ("ema", "live"):
+            raise ValueError(f"weights={weights!r}: the choices are 'ema' and 'live'.")
+        return self._engine.averaged(self.state) if weights == "ema" else self.state
+
+
+_FINAL = frozenset(
+    name for name in vars(Trainer) if not name.startswith("__") and name not in (*_OVERRIDABLE,)
+)
+
+
+def _check_callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
+    if isinstance(callbacks, Callback):
+        raise TypeError(f"callbacks={callbacks!r}: expected a list; write callbacks=[{type(callbacks).__name__}(...)].")
+    for callback in callbacks:
+        if inspect.isclass(callback):
+            raise TypeError(f"callbacks has the class {callback.__name__}; pass an object, {callback.__name__}(...).")
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"callbacks has a {type(callback).__name__}; expected tk.callbacks.Callback objects. "
+                "A plain function goes into tk.callbacks.Lambda(on_step=...)."
+            )
+        as_cadence(callback.every, f"{type(callback).__name__}.every")
+    if len({id(callback) for callback in callbacks}) != len(callbacks):
+        raise ValueError("callbacks has the same object twice; give each once.")
+    names = [hook.name for callback in callbacks if (hook := callback.step_hook()) is not None]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two callbacks keep state under state.hooks[{twice[0]!r}]; give one another name=.")
+    return tuple(callbacks)
+
+
+def _with_defaults(callbacks: tuple[Callback, ...]) -> tuple[Callback, ...]:
+    if any(isinstance(callback, LogMetrics) for callback in callbacks):
+        return callbacks
+    return (LogMetrics(), *callbacks)
+
+
+def _check_metrics(collection: object) -> None:
+    if not (inspect.isclass(collection) and issubclass(collection, clu.metrics.Collection)):
+        raise TypeError(
+            f"metrics={collection!r}: expected a subclass of clu.metrics.Collection, decorated with "
+            "@flax.struct.dataclass, e.g. with the field `loss: metrics.Average.from_output('loss')`."
+        )
+
+
+def _check_length(epochs: int | None, steps: int | None) -> None:
+    if (epochs is None) == (steps is None):
+        given = "neither" if epochs is None else "both"
+        raise ValueError(f"fit takes exactly one of epochs= and steps=; got {given}. Write e.g. epochs=20.")
+    for name, value in (("epochs", epochs), ("steps", steps)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name}={value!r}: must be an int of at least 1.")
+
+
+def _evaluations(eval_data: Any) -> dict[str, Source]:
+    if eval_data is None:
+        return {}
+    if isinstance(eval_data, Mapping):
+        return {_eval_name(name): as_source(data) for name, data in eval_data.items()}
+    return {"eval": as_source(eval_data)}
+
+
+def _eval_name(name: Any) -> str:
+    if not isinstance(name, str) or not name or name == "train" or "/" in name:
+        raise ValueError(
+            f"eval_data has the name {name!r}; names are non-empty strings without '/', and not 'train'. "
+            "A mapping given as eval_data maps names to sources; wrap arrays in tk.data.Arrays."
+        )
+    return name
+
+
+def _peek(source: Source, progress: Progress) -> tuple[Batch, Iterator[Batch]]:
+    epoch = progress.epoch - 1 if progress.batch else progress.epoch
+    batches = iter(source.batches(epoch, progress.batch))
+    first = next(batches, None)
+    if first is None and progress.batch:
+        progress.batch = 0
+        return _peek(source, progress)
+    if first is None:
+        raise ValueError("the training source is empty: it gave no batch. Give data with at least one.")
+    return first, itertools.chain((), batches)

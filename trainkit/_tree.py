@@ -1,0 +1,48 @@
+"""Paths and small operations on pytrees. Knows nothing of training."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainkit._typing import PyTree
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Returns a key path as people write it, e.g. `params/Dense_0/kernel`; the root is `(root)`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
+
+
+def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    """Returns the leaves of `tree` with their path names, in tree order."""
+    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def describe(leaf: Any) -> str:
+    """Returns a leaf's dtype and shape, e.g. `float32[64, 10]`, or its type where it has none."""
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
+    return type(leaf).__name__
+
+
+def signature(tree: PyTree) -> dict[str, str]:
+    """Returns the dtype and shape of each leaf by path name."""
+    return {name: describe(leaf) for name, leaf in named_leaves(tree)}
+
+
+def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """Returns one line per leaf that `new` has otherwise than `old`, both made by `signature`."""
+    lines = [f"{name}: {old[name]} -> {new[name]}" for name in old if name in new and old[name] != new[name]]
+    lines += [f"{name}: {old[name]} -> absent" for name in old if name not in new]
+    lines += [f"{name}: absent -> {new[name]}" for name in new if name not in old]
+    return lines
+
+
+def copy_arrays(tree: PyTree) -> PyTree:
+    """Returns `tree` with every array in a buffer of its own, so that donating one leaves the other whole."""
+    return jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
+
+
+def is_key(leaf: Any) -> bool:
+    """Says whether `leaf` is an array of typed PRNG keys."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,105 @@
+"""Training metrics between two looks at them: cut on the device, merged on the host in float64.
+
+The step accumulates into one packed value. Whoever asks for metrics cuts it: the value so far becomes a
+segment, its copy to the host starts, and the step goes on from empty. Nothing here waits for a device until a
+value is read. Owns the segments; not the cadence at which somebody asks.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from trainkit._typing import PyTree
+from trainkit.metrics._accumulator import Accumulator
+
+# Below this many segments a reader keeps them as they are; above it, the old ones are merged on the host.
+_MOST_SEGMENTS = 64
+
+
+class Window(Mapping[str, Any]):
+    """Metrics of a range of steps by full name; the first look into it waits for the devices."""
+
+    def __init__(self, compute: Callable[[], dict[str, Any]]) -> None:
+        self._compute = compute
+
+    @functools.cached_property
+    def _values(self) -> dict[str, Any]:
+        return self._compute()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._values:
+            raise KeyError(f"no metric {name!r} here; the names are {', '.join(self._values) or 'none'}")
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+
+NO_METRICS = Window(dict)
+"""Where there is nothing to tell."""
+
+
+class Reader:
+    """What one reader has not yet seen: segments, the oldest merged on the host."""
+
+    def __init__(self, accumulator: Accumulator) -> None:
+        self._accumulator = accumulator
+        self._merged: Any = None
+        self._segments: list[PyTree] = []
+
+    def add(self, segment: PyTree) -> None:
+        """Appends a segment; keeps the number of them bounded."""
+        self._segments.append(segment)
+        if len(self._segments) >= _MOST_SEGMENTS:
+            old, self._segments = self._segments[: _MOST_SEGMENTS // 2], self._segments[_MOST_SEGMENTS // 2 :]
+            self._merged = self._accumulator.merge(old, self._merged)
+
+    def take(self) -> Window:
+        """Returns what came since the last call, and forgets it."""
+        accumulator, merged, segments = self._accumulator, self._merged, self._segments
+        self._merged, self._segments = None, []
+        if merged is None and not segments:
+            return NO_METRICS
+
+        def compute() -> dict[str, Any]:
+            values = accumulator.compute(accumulator.merge(segments, merged))
+            return {f"train/{name}": value for name, value in values.items()}
+
+        return Window(compute)
+
+
+class TrainMetrics:
+    """The packed value that the step carries, and the readers who see it in segments.
+
+    Attributes:
+        packed: what the next step takes; the loop puts the step's result back here before anyone may look.
+    """
+
+    def __init__(self, accumulator: Accumulator, empty: PyTree) -> None:
+        self._accumulator, self._empty = accumulator, empty
+        self._readers: list[Reader] = []
+        self.packed = empty
+
+    def reader(self) -> Reader:
+        """Returns a reader of all steps from now on."""
+        reader = Reader(self._accumulator)
+        self._readers.append(reader)
+        return reader
+
+    def cut(self) -> None:
+        """Ends the running segment, hands it to the readers and starts its copy to the host."""
+        if self.packed is self._empty:
+            return
+        for leaf in jax.tree.leaves(self.packed):
+            leaf.copy_to_host_async()
+        for reader in self._readers:
+            reader.add(self.packed)
+        self.packed = self._empty

@@ -1,0 +1,109 @@
+"""The base class of callbacks, and what a hook may return. Owns no order of calls: the loop does."""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from trainkit._state import TrainState
+from trainkit._when import Cadence, Every
+from trainkit.callbacks._info import Info
+from trainkit.hooks._hook import StepHook
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """Returned by a hook to end the fit after this step.
+
+    Attributes:
+        reason: what `result.stopped_by` will say.
+    """
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """Returned by a hook to replace the train state between two steps.
+
+    Attributes:
+        fn: `fn(state) -> state` with the same structure, shapes and dtypes, so that nothing compiles again.
+    """
+
+    fn: Callable[[TrainState], TrainState]
+
+
+Action = Stop | Update | None
+"""What a hook may return."""
+
+
+class Phase(enum.IntEnum):
+    """Order of the callbacks at one step; within a phase they run in the order given."""
+
+    WRITE = 1
+    MONITOR = 2
+    CHECKPOINT = 3
+
+
+class Callback:
+    """Host code that runs at fixed moments of a fit.
+
+    Override the hooks you need; a hook that is not overridden is never called. Hooks see read-only
+    information and hold on to no state. One fit, in order: `on_fit_start`; per epoch `on_epoch_start`, then
+    `on_step` at the cadence `every`, `on_eval_start` and `on_eval_end` around each evaluation,
+    `on_epoch_end`; `on_fit_end` on success; `on_exception` on any exception; then `close`, always, once.
+
+    Attributes:
+        every: cadence of `on_step`, each step by default.
+        phase: place in the order at one step.
+
+    Example:
+        >>> class StopAt(Callback):
+        ...     def on_step(self, info):
+        ...         return Stop("far enough") if info.step >= 10 else None
+    """
+
+    every: Cadence = Every(steps=1)
+    phase: ClassVar[Phase] = Phase.WRITE
+
+    def on_fit_start(self, info: Info) -> Action:
+        """Called once when a fit begins, with the state it begins from."""
+
+    def on_epoch_start(self, info: Info) -> Action:
+        """Called before the first step of each pass over the training source."""
+
+    def on_step(self, info: Info) -> Action:
+        """Called after a step at which `every` is due."""
+
+    def on_eval_start(self, info: Info) -> Action:
+        """Called before each evaluation."""
+
+    def on_eval_end(self, info: Info) -> Action:
+        """Called after each evaluation, with the metrics of all its sources."""
+
+    def on_epoch_end(self, info: Info) -> Action:
+        """Called after the last step of each pass, and its evaluation; also of a pass broken off by `steps=`."""
+
+    def on_fit_end(self, info: Info) -> Action:
+        """Called once when a fit ends without an exception, stopped early or not."""
+
+    def on_exception(self, info: Info, exc: BaseException) -> None:
+        """Called when anything raised, Ctrl-C included; the exception is raised again afterwards."""
+
+    def close(self) -> None:
+        """Called last, once, for every callback whose `on_fit_start` was begun, however the fit ended."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what this callback must remember across a resume: JSON values and arrays."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` returned."""
+
+    def step_hook(self) -> StepHook | None:
+        """Returns the pure pair to trace into the compiled training step, None for none."""
+        return None
+
+    def implements(self, hook: str) -> bool:
+        """Says whether the method named `hook` does anything; others are never called."""
+        return getattr(type(self), hook) is not getattr(Callback, hook)

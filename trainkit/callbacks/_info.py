@@ -1,0 +1,117 @@
+"""What a callback is told: typed, read-only, valid during the call. Owns nothing it shows."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trainkit._history import History
+from trainkit._state import TrainState
+from trainkit.writers._writer import MetricWriter
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How far a fit is going to run.
+
+    Attributes:
+        first_step: updates completed when this fit began.
+        steps: step at which the fit ends, None while it is not known.
+        epochs: epoch at which the fit ends, None when it was given in steps.
+        steps_per_epoch: batches of one pass, None while it is not known.
+        eval_names: names of the evaluation sources, e.g. `("eval",)`.
+    """
+
+    first_step: int = 0
+    steps: int | None = None
+    epochs: int | None = None
+    steps_per_epoch: int | None = None
+    eval_names: tuple[str, ...] = ()
+
+
+class Info:
+    """What a hook of a callback is told. Read-only; `state` is valid during the call only.
+
+    Attributes:
+        step: updates completed.
+        epoch: passes over the training source begun; during epoch number 1 it is 1, before the first 0.
+        history: every scalar logged so far.
+        logdir: folder of the logs, None when the trainer has none.
+        writer: where this callback writes; a `MetricWriter`.
+        plan: how far the fit is going to run.
+        seconds: since the fit began.
+    """
+
+    __slots__ = (
+        "_direction",
+        "_metrics",
+        "_state",
+        "epoch",
+        "history",
+        "logdir",
+        "plan",
+        "seconds",
+        "step",
+        "writer",
+    )
+
+    def __init__(
+        self,
+        *,
+        step: int,
+        epoch: int,
+        state: TrainState | None,
+        metrics: Callable[[], Mapping[str, Any]],
+        history: History,
+        logdir: pathlib.Path | None,
+        writer: MetricWriter,
+        plan: Plan,
+        seconds: float,
+        direction: Callable[[str], str | None],
+    ) -> None:
+        values = locals()
+        for name in ("step", "epoch", "history", "logdir", "writer", "plan", "seconds"):
+            object.__setattr__(self, name, values[name])
+        object.__setattr__(self, "_state", state)
+        object.__setattr__(self, "_metrics", metrics)
+        object.__setattr__(self, "_direction", direction)
+
+    step: int
+    epoch: int
+    history: History
+    logdir: pathlib.Path | None
+    writer: MetricWriter
+    plan: Plan
+    seconds: float
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(
+            f"info.{name} is read-only. To stop return tk.Stop(reason); to change the state return tk.Update(fn)."
+        )
+
+    @property
+    def state(self) -> TrainState:
+        """The train state, valid during the call: the next step takes its buffers."""
+        if self._state is None:
+            raise RuntimeError(
+                "info.state is valid only during the hook it was given to, and not before the state exists. "
+                "Read what you need during the call, e.g. jax.device_get(info.state.params)."
+            )
+        return self._state
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Metrics by full name, lazily: reading a value waits for the devices, holding the mapping does not.
+
+        In `on_step` the `train/...` metrics over the steps since this callback last asked; in `on_epoch_end`
+        those over the epoch; in `on_eval_end` the `<eval-name>/...` of this evaluation; else empty.
+        """
+        return self._metrics()
+
+    def direction(self, name: str) -> str | None:
+        """Returns "min" or "max" where a registered metric says which is better under that name, else None."""
+        return self._direction(name)
+
+    def expire(self) -> None:
+        """Ends the validity of `state`; the loop calls this after the hook."""
+        object.__setattr__(self, "_state", None)

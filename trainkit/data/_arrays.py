@@ -1,0 +1,177 @@
+"""Batches out of arrays that fit in memory, or are mapped into it.
+
+Owns the order of the examples and the seeking in it. Does not place batches on devices nor pad them.
+"""
+
+import operator
+from collections.abc import Iterator
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainkit._tree import named_leaves
+from trainkit._typing import Batch, PyTree
+from trainkit.data._batch import is_numeric, not_numeric
+from trainkit.data._source import Source
+from trainkit.data._tensors import to_host
+
+
+@final
+class Arrays(Source):
+    """A source of batches cut from arrays with a common leading dimension.
+
+    The order of epoch e is a pure function of the seed, e and the number of examples. It is an order of
+    examples, and batches are consecutive pieces of it, so it is the same for every batch size and on every
+    host. Any batch of any epoch is reached directly. An unshuffled batch is a view: the arrays are not copied
+    and must not change while they are in use.
+
+    Args:
+        arrays: a mapping, a tuple, a list, any nesting of these, or a single array; leaves `[examples, ...]`.
+        batch_size: rows in a batch, over all hosts together.
+        shuffle: draw a new order for every epoch.
+        seed: non-negative; used when shuffling.
+        drop_last: leave out the last batch of an epoch when it is smaller than `batch_size`. By default true
+            when shuffled (the examples left out differ every epoch), false otherwise.
+
+    Attributes:
+        size: the number of examples held.
+
+    Raises:
+        TypeError: a leaf is not numeric.
+        ValueError: the leading sizes differ, there is no example, labels are NaN, an option is out of range,
+            or there is less than one batch and `drop_last` would leave it out.
+
+    Example:
+        >>> import numpy as np
+        >>> train = Arrays({"image": np.zeros((10, 8, 8)), "label": np.arange(10)}, batch_size=4)
+        >>> [batch["label"].tolist() for batch in train.batches(epoch=0)]
+        [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+        >>> [batch["label"].tolist() for batch in train.batches(epoch=0, start=2)]
+        [[8, 9]]
+    """
+
+    def __init__(
+        self,
+        arrays: PyTree,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool | None = None,
+    ) -> None:
+        tree = jax.tree.map(np.asarray, to_host(arrays))
+        self.size = _check_leaves(tree)
+        self._leaves, self._structure = jax.tree_util.tree_flatten(tree)
+        self._shuffle = shuffle
+        self._seed = _at_least("seed", seed, 0)
+        self._drop_last = shuffle if drop_last is None else drop_last
+        self._order_of: tuple[int, np.ndarray] | None = None
+
+        rows = _at_least("batch_size", batch_size, 1)
+        full, rest = divmod(self.size, rows)
+        if self._drop_last and not full:
+            raise ValueError(_too_short(self.size, rows, drop_last))
+        partial = rest > 0 and not self._drop_last
+        self._rows = rows
+        self._steps = full + partial
+        self.batch_size = rows
+        self.steps_per_epoch = self._steps
+        self.num_examples = self.size if partial else full * rows
+        self.may_be_partial = partial
+        self.seekable = True
+
+    def __len__(self) -> int:
+        """Returns the number of batches of an epoch."""
+        return self._steps
+
+    def num_rows(self, epoch: int, start: int = 0) -> int:
+        """Returns how many examples epoch `epoch` yields from batch `start` to its end."""
+        self.check_position(epoch, start)
+        end = self._steps * self._rows if self._drop_last else self.size
+        return max(end - start * self._rows, 0)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Returns an iterator over the batches of an epoch; those before `start` cost nothing.
+
+        Args:
+            epoch: the number of the epoch, from 0.
+            start: the index of the first batch wanted.
+
+        Raises:
+            ValueError: a number is negative, or `start` lies beyond the epoch.
+        """
+        self.check_position(epoch, start)
+        return self._shuffled(epoch, start) if self._shuffle else self._in_order(start)
+
+    def _in_order(self, start: int) -> Iterator[Batch]:
+        for index in range(start, self._steps):
+            rows = slice(index * self._rows, (index + 1) * self._rows)
+            yield jax.tree_util.tree_unflatten(self._structure, [leaf[rows] for leaf in self._leaves])
+
+    def _shuffled(self, epoch: int, start: int) -> Iterator[Batch]:
+        order = self._order(epoch)
+        for index in range(start, self._steps):
+            rows = order[index * self._rows : (index + 1) * self._rows]
+            # `take` copies small rows two to three times faster than fancy indexing does.
+            leaves = [leaf.take(rows, axis=0) for leaf in self._leaves]
+            yield jax.tree_util.tree_unflatten(self._structure, leaves)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        kept = self._order_of
+        if kept is None or kept[0] != epoch:
+            bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
+            kept = self._order_of = (epoch, np.random.Generator(bits).permutation(self.size))
+        return kept[1]
+
+
+def _check_leaves(tree: PyTree) -> int:
+    named = named_leaves(tree)
+    if not named:
+        raise ValueError("Arrays was given no array. Give a mapping, a tuple or a list of arrays.")
+    for name, leaf in named:
+        if not is_numeric(leaf):
+            raise TypeError(not_numeric(name, leaf))
+        if leaf.ndim == 0:
+            raise ValueError(
+                f"Leaf `{name}` of Arrays is 0-d. Every leaf must be an array with the "
+                "examples along its first dimension; a list of numbers becomes one by np.asarray."
+            )
+        _check_labels(name, leaf)
+    if len({len(leaf) for _, leaf in named}) > 1:
+        sizes = ", ".join(f"`{name}` {len(leaf)}" for name, leaf in named)
+        raise ValueError(f"The leaves of Arrays have different leading sizes: {sizes}. They must be equal.")
+    if not len(named[0][1]):
+        shapes = ", ".join(f"`{name}` {list(leaf.shape)}" for name, leaf in named)
+        raise ValueError(f"Arrays was given no example: {shapes}. There must be at least one.")
+    return len(named[0][1])
+
+
+def _check_labels(name: str, leaf: np.ndarray) -> None:
+    if "label" not in name.lower() or not jnp.issubdtype(leaf.dtype, np.inexact):
+        return
+    wrong = np.isnan(leaf)
+    if wrong.any():
+        raise ValueError(
+            f"Leaf `{name}` of Arrays has {int(wrong.sum())} NaN among {leaf.size} values. Labels must be "
+            "numbers: drop those examples, or give the labels a value and a weight of their own."
+        )
+
+
+def _at_least(name: str, value: Any, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}.") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}.")
+    return number
+
+
+def _too_short(size: int, rows: int, drop_last: bool | None) -> str:
+    reason = "drop_last, true by default when shuffled," if drop_last is None else "drop_last=True"
+    return (
+        f"Arrays holds {size} examples, less than one batch of batch_size={rows}, and {reason} would leave "
+        f"them out. Give a batch_size of at most {size}, or drop_last=False."
+    )

@@ -1,0 +1,179 @@
+"""Host-side functions on one batch: its size, its checks, padding, stacking and signature.
+
+Owns the rules of what a batch is. Does not know where batches come from nor what a step does with them.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainkit._tree import differences, named_leaves, path_name
+from trainkit._typing import Batch, PyTree
+
+Signature = tuple[Any, tuple[tuple[tuple[int, ...], Hashable], ...]]
+"""The tree structure of a batch, and the shape and dtype of each of its leaves."""
+
+
+def batch_size_of(batch: Batch) -> int:
+    """Returns the number of rows of a batch: the leading size its leaves agree on, 0-d leaves aside.
+
+    Args:
+        batch: a tree of arrays `[batch, ...]`; 0-d leaves are allowed and ignored.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        ValueError: the leading sizes differ, or no leaf has a leading dimension.
+    """
+    rows = -1
+    for leaf in jax.tree_util.tree_leaves(batch):
+        shape = _shape_and_dtype(leaf)[0]
+        if shape and shape[0] != rows:
+            if rows >= 0:
+                raise ValueError(_unequal(batch))
+            rows = shape[0]
+    if rows < 0:
+        raise ValueError(_rowless(batch))
+    return rows
+
+
+def check_batch(batch: Batch) -> None:
+    """Refuses a batch with a leaf that no compiled step can take: strings, objects, dates, foreign tensors.
+
+    It looks at dtypes only, so a batch whose `signature` has passed once need not be checked again.
+
+    Raises:
+        TypeError: a leaf is not numeric; the message names it.
+    """
+    for name, leaf in named_leaves(batch):
+        if not is_numeric(leaf):
+            raise TypeError(not_numeric(name, leaf))
+
+
+def is_numeric(leaf: Any) -> bool:
+    """Says whether a leaf can enter a compiled step."""
+    if isinstance(leaf, jax.Array):
+        return True
+    dtype = _shape_and_dtype(leaf)[1]
+    # bfloat16 and its like have NumPy's kind "V", as raw bytes have: JAX tells them apart.
+    return isinstance(dtype, np.dtype) and (dtype.kind in "biufc" or jnp.issubdtype(dtype, np.number))
+
+
+def not_numeric(name: str, leaf: Any) -> str:
+    """Returns the message for a leaf that is not numeric."""
+    dtype = _shape_and_dtype(leaf)[1]
+    return (
+        f"Leaf `{name}` is a {type(leaf).__name__} of dtype {dtype}. The leaves of a batch must be NumPy or "
+        f"JAX arrays of booleans or numbers. Encode `{name}` as numbers, or leave it out."
+    )
+
+
+def pad(batch: Batch, rows: int) -> Batch:
+    """Returns a batch of `rows` rows: `batch`, then copies of its last row.
+
+    Real values keep labels in range and losses finite in the rows that are masked out.
+
+    Args:
+        batch: a tree of arrays `[batch, ...]`; 0-d leaves are returned as they are.
+        rows: the number of rows wanted, at least the number there are.
+
+    Raises:
+        ValueError: `batch` has no row, or more than `rows`.
+    """
+    real = batch_size_of(batch)
+    if real == rows:
+        return batch
+    if not 0 < real < rows:
+        raise ValueError(f"Can't pad a batch of {real} rows to {rows}: it must have 1 to {rows} rows.")
+    return jax.tree.map(lambda leaf: _pad_leaf(leaf, rows - real), batch)
+
+
+def mask(rows: int, real: int) -> np.ndarray:
+    """Returns bool `[rows]`, true for the first `real` rows."""
+    return np.arange(rows) < real
+
+
+def unpad(tree: PyTree, real: int) -> PyTree:
+    """Returns `tree` with the first `real` rows of every leaf that has rows."""
+    return jax.tree.map(lambda leaf: leaf[:real] if _shape_and_dtype(leaf)[0] else leaf, tree)
+
+
+def stack(batches: Sequence[Batch]) -> Batch:
+    """Returns the batches stacked on a new leading axis, `[len(batches), batch, ...]`; 0-d leaves become 1-d.
+
+    Raises:
+        ValueError: there is no batch, or two differ in structure, shapes or dtypes.
+    """
+    if not batches:
+        raise ValueError("Can't stack 0 batches: give at least one.")
+    first = signature(batches[0])
+    for index, batch in enumerate(batches):
+        other = signature(batch)
+        if other != first:
+            raise ValueError(f"Can't stack batch {index} on batch 0: {explain_change(first, other)}.")
+    return jax.tree.map(lambda *leaves: _module(leaves[0]).stack(leaves), *batches)
+
+
+def signature(batch: Batch) -> Signature:
+    """Returns what a compiled step is specialised on: a hashable value, equal for batches of equal make."""
+    leaves, structure = jax.tree_util.tree_flatten(batch)
+    return structure, tuple([_shape_and_dtype(leaf) for leaf in leaves])
+
+
+def explain_change(old: Signature, new: Signature) -> str:
+    """Returns in words how signature `new` differs from `old`, naming the leaves."""
+    lines = differences(_described(old), _described(new))
+    if not lines and old != new:
+        lines = [f"containers: {old[0]} -> {new[0]}"]
+    return "; ".join(lines) or "nothing changed"
+
+
+def _described(made: Signature) -> dict[str, str]:
+    structure, specs = made
+    numbered = jax.tree_util.tree_unflatten(structure, range(len(specs)))
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(numbered)]
+    return {path: f"{dtype}{list(shape)}" for path, (shape, dtype) in zip(paths, specs, strict=True)}
+
+
+def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    try:
+        return leaf.shape, leaf.dtype
+    except AttributeError:
+        array = np.asarray(leaf)
+        return array.shape, array.dtype
+
+
+def _module(leaf: Any) -> Any:
+    return jnp if isinstance(leaf, jax.Array) else np
+
+
+def _pad_leaf(leaf: Any, extra: int) -> Any:
+    shape = _shape_and_dtype(leaf)[0]
+    if not shape:
+        return leaf
+    xp = _module(leaf)
+    return xp.concatenate([leaf, xp.broadcast_to(leaf[-1:], (extra, *shape[1:]))])
+
+
+def _sizes(batch: Batch) -> str:
+    described = [f"`{name}` {list(_shape_and_dtype(leaf)[0])}" for name, leaf in named_leaves(batch)]
+    return ", ".join(described) or "none"
+
+
+def _unequal(batch: Batch) -> str:
+    return (
+        f"The leaves of a batch have different leading sizes: {_sizes(batch)}. Every leaf that is not 0-d "
+        "must have the examples along its first dimension."
+    )
+
+
+def _rowless(batch: Batch) -> str:
+    return (
+        f"A {type(batch).__name__} was given as a batch, and no leaf of it has a leading dimension; the "
+        f"leaves are: {_sizes(batch)}. A batch is a tree of arrays with the examples along their first "
+        "dimension."
+    )

@@ -1,0 +1,26 @@
+"""Metrics beyond those of `clu.metrics`, and what accumulates a collection of them in a compiled step."""
+
+from trainkit.metrics._accumulator import Accumulator, LossMetrics
+from trainkit.metrics._collecting import Collecting, collecting
+from trainkit.metrics._confusion import F1, ConfusionMatrix, Precision, Recall
+from trainkit.metrics._direction import register_direction
+from trainkit.metrics._perplexity import Perplexity
+from trainkit.metrics._roc_auc import ROCAUC
+from trainkit.metrics._std import Std
+from trainkit.metrics._top_k import TopKAccuracy
+
+__all__ = [
+    "Accumulator",
+    "Collecting",
+    "ConfusionMatrix",
+    "F1",
+    "LossMetrics",
+    "Perplexity",
+    "Precision",
+    "ROCAUC",
+    "Recall",
+    "Std",
+    "TopKAccuracy",
+    "collecting",
+    "register_direction",
+]

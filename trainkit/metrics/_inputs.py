@@ -1,0 +1,59 @@
+"""Checks and broadcasts what metrics are given: masks, labels and logits.
+
+Owns nothing but these rules. What a metric does with the values is the metric's own affair.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def broadcast_mask(values: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Returns `values` with at least one axis, and a mask of the same shape.
+
+    Args:
+        values: array `[batch, ...]`, or a scalar, which is taken as a batch of one.
+        mask: `[batch]`, or any leading part of the shape of `values`; None means that every value counts.
+
+    Returns:
+        The values and a bool mask of their shape.
+
+    Raises:
+        ValueError: if the mask's shape is not the leading part of the shape of `values`.
+    """
+    values = jnp.asarray(values)
+    if values.ndim == 0:
+        values = values[None]
+    if mask is None:
+        return values, jnp.ones(values.shape, bool)
+    mask = jnp.asarray(mask).astype(bool)
+    if mask.shape != values.shape[: mask.ndim]:
+        raise ValueError(
+            f"A mask must have the leading shape of the values: got a mask of shape {mask.shape} for values "
+            f"of shape {values.shape}. Allowed are [batch] and every longer leading part of the values' "
+            "shape."
+        )
+    mask = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
+    return values, jnp.broadcast_to(mask, values.shape)
+
+
+def check_classification(logits: jax.Array, labels: jax.Array) -> None:
+    """Refuses labels that are not class indices for the logits.
+
+    Args:
+        logits: float `[..., classes]`.
+        labels: integer `[...]`.
+
+    Raises:
+        TypeError: if the labels are not integers.
+        ValueError: if the labels' shape is not that of the logits without the last axis.
+    """
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"Labels must be class indices of an integer dtype, got {labels.dtype}{list(labels.shape)}. "
+            "Cast them with labels.astype(jnp.int32)."
+        )
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"Labels must have the logits' shape without the last axis: got labels {list(labels.shape)} and "
+            f"logits {list(logits.shape)}. Turn one-hot labels into indices with labels.argmax(-1)."
+        )

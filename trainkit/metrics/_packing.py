@@ -1,0 +1,126 @@
+"""Carries a tree of many small arrays as one vector.
+
+Owns the layout; what the tree means is its maker's affair.
+
+Each output buffer of a compiled step has a price of its own, so small leaves travel together, bit for bit,
+in one uint32 vector. Large leaves (and 64-bit or complex ones) keep buffers of their own: copying those into
+a vector at each step would cost more than it saves.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Packed = tuple[Any, ...]
+
+_LARGEST_PACKED = 1024
+
+
+def _carrier(dtype: np.dtype) -> np.dtype:
+    """Returns the 32-bit dtype that holds every value of `dtype`."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return np.dtype(np.float32)
+    return np.dtype(np.int32) if jnp.issubdtype(dtype, jnp.signedinteger) else np.dtype(np.uint32)
+
+
+def _is_packed(leaf: jax.ShapeDtypeStruct) -> bool:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return False
+    return leaf.dtype.itemsize <= 4 and leaf.size <= _LARGEST_PACKED
+
+
+def _widened(leaf: np.ndarray) -> np.ndarray:
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf.astype(np.float64)
+    if jnp.issubdtype(leaf.dtype, jnp.signedinteger):
+        return leaf.astype(np.int64)
+    if jnp.issubdtype(leaf.dtype, jnp.unsignedinteger):
+        return leaf.astype(np.uint64)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return leaf.astype(np.complex128)
+    return leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """The layout of one tree.
+
+    Args:
+        treedef: the tree's structure.
+        leaves: shape and dtype of every leaf.
+    """
+
+    treedef: jax.tree_util.PyTreeDef
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+
+    @classmethod
+    def of(cls, spec: Any) -> "Packing":
+        """Returns the layout of a tree of `jax.ShapeDtypeStruct`."""
+        leaves, treedef = jax.tree.flatten(spec)
+        return cls(treedef, tuple(jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
+
+    def pack(self, tree: Any) -> Packed:
+        """Returns the tree as `(uint32 vector, *large leaves)`; traceable.
+
+        Args:
+            tree: has the layout's structure; leaves are broadcast and cast to the layout's shapes and dtypes.
+
+        Returns:
+            The vector, then every leaf that is not in it.
+        """
+        words, large = [jnp.zeros((0,), jnp.uint32)], []
+        for leaf, spec in zip(self.treedef.flatten_up_to(tree), self.leaves, strict=True):
+            leaf = jnp.broadcast_to(jnp.asarray(leaf).astype(spec.dtype), spec.shape)
+            if _is_packed(spec):
+                leaf = leaf.reshape(-1).astype(_carrier(spec.dtype))
+                words.append(jax.lax.bitcast_convert_type(leaf, jnp.uint32))
+            else:
+                large.append(leaf)
+        return (jnp.concatenate(words), *large)
+
+    def unpack(self, packed: Packed) -> Any:
+        """Returns the tree from what `pack` returned; traceable."""
+        vector, *large = packed
+        leaves, start, rest = [], 0, iter(large)
+        for spec in self.leaves:
+            if not _is_packed(spec):
+                leaves.append(next(rest))
+                continue
+            words = vector[start : start + spec.size]
+            start += spec.size
+            leaf = jax.lax.bitcast_convert_type(words, _carrier(spec.dtype))
+            leaves.append(leaf.astype(spec.dtype).reshape(spec.shape))
+        return self.treedef.unflatten(leaves)
+
+    def unpack_wide(self, packed: Sequence[Any]) -> Any:
+        """Returns the tree on the host, with NumPy leaves of 64 bits.
+
+        Args:
+            packed: what `pack` returned, as NumPy or JAX arrays.
+
+        Returns:
+            The tree, floats as float64, integers as int64 or uint64.
+
+        Raises:
+            ValueError: if the arrays do not have this layout.
+        """
+        vector, *large = (np.asarray(part) for part in packed)
+        size = sum(spec.size for spec in self.leaves if _is_packed(spec))
+        if vector.shape != (size,) or len(large) != sum(not _is_packed(spec) for spec in self.leaves):
+            raise ValueError(
+                f"The packed metrics must be a vector of {size} words and {len(self.leaves)} leaves in all, "
+                f"got the shapes {[part.shape for part in (vector, *large)]}. They are of another collection."
+            )
+        leaves, start, rest = [], 0, iter(large)
+        for spec in self.leaves:
+            if not _is_packed(spec):
+                leaves.append(_widened(next(rest)))
+                continue
+            words = np.ascontiguousarray(vector[start : start + spec.size])
+            start += spec.size
+            leaves.append(_widened(words.view(_carrier(spec.dtype))).reshape(spec.shape))
+        return self.treedef.unflatten(leaves)

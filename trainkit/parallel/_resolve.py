@@ -1,0 +1,24 @@
+"""From what a user passes as `strategy=` to a `Strategy`."""
+
+from trainkit.parallel._mesh import Mesh
+from trainkit.parallel._strategy import Strategy
+
+_BY_NAME = {"jit": Mesh}
+
+
+def resolve_strategy(strategy: str | Strategy) -> Strategy:
+    """Returns the strategy that `strategy` names, or is.
+
+    Raises:
+        ValueError: no strategy has that name.
+        TypeError: neither a name nor a strategy.
+    """
+    if isinstance(strategy, Strategy):
+        return strategy
+    if not isinstance(strategy, str):
+        raise TypeError(
+            f"strategy={strategy!r}: expected a name ({', '.join(map(repr, _BY_NAME))}) or a Strategy."
+        )
+    if strategy not in _BY_NAME:
+        raise ValueError(f"strategy={strategy!r}: the names are {', '.join(map(repr, _BY_NAME))}.")
+    return _BY_NAME[strategy]()

@@ -1,0 +1,237 @@
+"""The writer of `metrics.jsonl`, one JSON object a line, and its reader. Owns the lines' layout."""
+
+import json
+import math
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from trainkit._typing import Array, Clock
+from trainkit.writers._file import RecordFile
+from trainkit.writers._logdir import claim, release
+from trainkit.writers._values import Complaints, Unwritable, as_number, describe, flat_hparams
+from trainkit.writers._writer import MetricWriter, Scalar
+
+_KIND = "JSONL"
+_NAME = "metrics.jsonl"
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
+class JsonlWriter(MetricWriter):
+    """Writes `logdir/metrics.jsonl`, which any tool that reads JSON lines can read.
+
+    A line is `{"step": 10, "time": 1.7e9, "scalars": {"train/loss": 0.5}}`, or has `texts` in place of
+    `scalars`, or is `{"time": 1.7e9, "hparams": {...}}`. Arrays (`images`, `histograms`, ...) are noted with
+    their shape and dtype; their values are not kept. JSON has no NaN and no infinities: as scalars they are
+    the strings `"NaN"`, `"Infinity"` and `"-Infinity"`, which `read_jsonl` turns back.
+
+    The folder is made and checked at once, the file made by the first write. Lines are whole or absent, and
+    with the operating system when the method returns, so a SIGKILL loses nothing. An existing file is
+    continued.
+
+    Args:
+        logdir: the run's folder, local.
+        purge_step: int; lines from this step on are taken out of an existing file. A run resumed after step n
+            passes n + 1.
+        clock: seconds since 1970.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+        ValueError: the folder has a live JSONL writer in this process, or its file is damaged within.
+
+    Example:
+        >>> import tempfile
+        >>> writer = JsonlWriter(tempfile.mkdtemp())
+        >>> writer.write_scalars(1, {"train/loss": 0.5})
+        >>> writer.close()
+    """
+
+    def __init__(
+        self, logdir: str | os.PathLike[str], *, purge_step: int | None = None, clock: Clock = time.time
+    ) -> None:
+        self._clock = clock
+        self._complaints = Complaints(type(self).__name__)
+        self._file: RecordFile | None = None
+        self._closed = False
+        self._logdir = claim(logdir, _KIND, self)
+        try:
+            _repair(self._logdir / _NAME, purge_step)
+        except BaseException:
+            release(self._logdir, _KIND, self)
+            raise
+
+    def write_summaries(
+        self, step: int, values: Mapping[str, Array], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Notes the shapes and dtypes of raw tensors."""
+        self._note(step, "summaries", values)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Scalar]) -> None:
+        """Writes numbers as one line; integers stay exact."""
+        numbers = {}
+        for name, value in scalars.items():
+            try:
+                numbers[name] = _encoded(as_number(value))
+            except Unwritable as error:
+                self._complaints.once("scalar", name, str(error))
+        self._write(step, "scalars", numbers)
+
+    def write_images(self, step: int, images: Mapping[str, Array]) -> None:
+        """Notes the shapes and dtypes of images."""
+        self._note(step, "images", images)
+
+    def write_videos(self, step: int, videos: Mapping[str, Array]) -> None:
+        """Notes the shapes and dtypes of videos."""
+        self._note(step, "videos", videos)
+
+    def write_audios(self, step: int, audios: Mapping[str, Array], *, sample_rate: int) -> None:
+        """Notes the shapes and dtypes of sounds."""
+        self._note(step, "audios", audios)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Writes texts as one line."""
+        self._write(step, "texts", {name: str(text) for name, text in texts.items()})
+
+    def write_histograms(
+        self, step: int, arrays: Mapping[str, Array], num_buckets: Mapping[str, int] | None = None
+    ) -> None:
+        """Notes the shapes and dtypes of the arrays."""
+        self._note(step, "histograms", arrays)
+
+    def write_pointcloud(
+        self,
+        step: int,
+        point_clouds: Mapping[str, Array],
+        *,
+        point_colors: Mapping[str, Array] | None = None,
+        configs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Notes the shapes and dtypes of the clouds."""
+        self._note(step, "pointclouds", point_clouds)
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Writes the hyperparameters as one line without a step."""
+        values = {name: _encoded(value) for name, value in flat_hparams(hparams).items()}
+        self._append({"time": self._clock(), "hparams": values})
+
+    def flush(self) -> None:
+        """Does nothing: every line has reached the operating system already."""
+
+    def close(self) -> None:
+        """Closes the file and frees the folder."""
+        self._closed = True
+        release(self._logdir, _KIND, self)
+        if self._file is not None:
+            self._file.close()
+
+    def _note(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        self._write(step, kind, {name: describe(value) for name, value in values.items()})
+
+    def _write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        if values:
+            self._append({"step": int(step), "time": self._clock(), kind: values})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        if self._closed:
+            raise ValueError(
+                f"{type(self).__name__} for {str(self._logdir)!r} is closed; make a new one to write more."
+            )
+        if self._file is None:
+            self._file = RecordFile(self._logdir / _NAME)
+        self._file.append(_line(entry))
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads the lines that a `JsonlWriter` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The lines in order; in `scalars`, NaN and the infinities are floats again. A last line cut short, as a
+        crash of the machine leaves it, is left out.
+
+    Raises:
+        ValueError: another line is not JSON.
+
+    Example:
+        >>> import tempfile
+        >>> writer = JsonlWriter(tempfile.mkdtemp(), clock=lambda: 0.0)
+        >>> writer.write_scalars(1, {"train/loss": float("nan")})
+        >>> writer.close()
+        >>> read_jsonl(writer._logdir / "metrics.jsonl")
+        [{'step': 1, 'time': 0.0, 'scalars': {'train/loss': nan}}]
+    """
+    entries = _entries(pathlib.Path(path))
+    for entry in entries:
+        if "scalars" in entry:
+            entry["scalars"] = {name: _decoded(value) for name, value in entry["scalars"].items()}
+    return entries
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    return float(value) if value in _NOT_FINITE else value
+
+
+def _entries(path: pathlib.Path) -> list[dict[str, Any]]:
+    lines = path.read_bytes().split(b"\n")
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{str(path)!r}: line {number} is not JSON ({error}). Only the last line may be cut short; "
+                "take the line out, or move the file away."
+            ) from None
+    return entries
+
+
+def _repair(path: pathlib.Path, purge_step: int | None) -> None:
+    """Takes a torn last line and the lines from `purge_step` on out of an existing file."""
+    if not path.exists() or (purge_step is None and _ends_whole(path)):
+        return
+    kept = _entries(path)
+    if purge_step is not None:
+        kept = [entry for entry in kept if entry.get("step", -1) < purge_step]
+    _replace(path, b"".join(map(_line, kept)))
+
+
+def _ends_whole(path: pathlib.Path) -> bool:
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
+    """Puts new content in place of the old such that a crash leaves one or the other."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, path.stat().st_mode)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,68 @@
+"""Which folders this process logs to. Owns the check that a folder can be written to, not what is written."""
+
+import os
+import pathlib
+import tempfile
+import threading
+import weakref
+
+_owners: weakref.WeakValueDictionary[tuple[str, str], object] = weakref.WeakValueDictionary()
+"""The live writer of each folder and kind; one that is collected without `close` frees its folder."""
+
+_lock = threading.Lock()
+
+
+def claim(logdir: str | os.PathLike[str], kind: str, owner: object) -> pathlib.Path:
+    """Makes a folder ready and reserves it for one writer of a kind.
+
+    Args:
+        logdir: a local folder; it is created where it is missing.
+        kind: what is written there, e.g. "TensorBoard".
+        owner: the writer.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+        ValueError: it is remote, or a live writer of this kind has it.
+    """
+    name = os.fspath(logdir)
+    if "://" in name:
+        raise ValueError(
+            f"logdir={name!r} is a remote address; a logdir is a local folder. "
+            "Log to one and copy it, or mount the bucket."
+        )
+    folder = pathlib.Path(name)
+    _check_writable(folder)
+    key = (os.path.realpath(folder), kind)
+    with _lock:
+        if key in _owners:
+            raise ValueError(
+                f"logdir={name!r} already has a live {kind} writer in this process; two would mix "
+                "their logs. Close the first one (close()), share it, or give the second its own folder."
+            )
+        _owners[key] = owner
+    return folder
+
+
+def release(logdir: str | os.PathLike[str], kind: str, owner: object) -> None:
+    """Frees a folder that `owner` claimed; does nothing where it has it no longer."""
+    key = (os.path.realpath(logdir), kind)
+    with _lock:
+        if _owners.get(key) is owner:
+            del _owners[key]
+
+
+def _check_writable(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Permission bits do not tell: root ignores them, read-only disks have them. A real file does.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"logdir must be a folder that can be created and written to ({error.strerror}); give another",
+            str(folder),
+        ) from error
