@@ -1,7 +1,7 @@
 # Every target does its own set-up: a clone, make and Python 3.11 or newer are enough.
 #   make PYTHON=/path/to/python3.12 test     choose the interpreter
 #   make VENV=/tmp/venv test                 put the environment elsewhere
-#   make test ARGS="-k ema"                  pass arguments on to pytest (or to the demo)
+#   make test-single ARGS="-k ema"           pass arguments on (also to the demo, the benchmarks)
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,9 @@ PYTHON_OK := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_in
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
     if $$p -c '$(PYTHON_OK)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# Python compiles what is imported at its first import; compiling every dependency here takes half the set-up.
+unexport PYTHONDONTWRITEBYTECODE
+PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
 METADATA := setup.cfg setup.py pyproject.toml
 RUFF_PATHS := .
 

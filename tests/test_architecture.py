@@ -37,7 +37,10 @@ LAYERS = (
         ),
         strangers=True,
     ),
-    Layer("L2", ("_step", "_feed", "_engine", "_windows", "_result", "_export")),
+    Layer(
+        "L2",
+        ("_step", "_feed", "_engine", "_windows", "_result", "_recording", "_overview", "_export"),
+    ),
     Layer("L3", ("callbacks",)),
     Layer("L4", ("_loop", "_dispatch", "_evaluate", "_plan")),
     Layer("L5", ("_trainer", "_lr_find")),
@@ -111,11 +114,12 @@ def imports_of(module: Module) -> Iterator[Import]:
                 yield Import(node.lineno, name.removeprefix(PACKAGE).removeprefix("."))
 
 
-def resolve(target: str, modules: dict[str, Module]) -> str:
-    """The module that a dotted name lives in: `data._arrays.Arrays` is in `data._arrays`."""
-    while target and target not in modules:
-        target = target.rpartition(".")[0]
-    return target
+def resolve(module: Module, target: str, modules: dict[str, Module]) -> Module | None:
+    """The module that a dotted name lives in: `data._arrays.Arrays` of an index is in `data._arrays`."""
+    if target in modules:
+        return modules[target]
+    owner = target.rpartition(".")[0]
+    return modules.get(owner) if module.is_index and owner != module.name else None
 
 
 def check_edge(module: Module, target: Module) -> str | None:
@@ -173,7 +177,10 @@ def violations(root: Path) -> list[str]:
             if edge.relative:
                 found.append(f"{place}:{edge.line} has a relative import: write the whole name")
                 continue
-            target = modules[resolve(edge.target, modules)]
+            target = resolve(module, edge.target, modules)
+            if target is None:
+                found.append(f"{place}:{edge.line} imports {PACKAGE}.{edge.target}, which is not there")
+                continue
             if target.is_index and not module.is_index:
                 index = ".".join(filter(None, (PACKAGE, target.name)))
                 found.append(f"{place}:{edge.line} imports from the index {index}: name the defining module")
@@ -283,6 +290,16 @@ def test_a_sound_package_has_no_violations(tmp_path):
             {"_step.py": "from trainkit import _tree", "_tree.py": ""},
             "trainkit/_step.py:1 imports from the index trainkit: name the defining module",
             id="module taken from the top index",
+        ),
+        pytest.param(
+            {"_step.py": "from trainkit.data._gone import Arrays"},
+            "trainkit/_step.py:1 imports trainkit.data._gone, which is not there",
+            id="missing module",
+        ),
+        pytest.param(
+            {"__init__.py": "from trainkit import metrics"},
+            "trainkit/__init__.py:1 imports trainkit.metrics, which is not there",
+            id="missing package",
         ),
         pytest.param(
             {"data/arrays.py": ""}, "trainkit/data/arrays.py is not named _name.py", id="public module name"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from trainkit._feed import Feed
 from trainkit._state import TrainState
-from trainkit._step import Steps, Traits, explained_errors
+from trainkit._step import Steps, Traits, explained_errors, with_raw_key
 from trainkit._tree import signature
 from trainkit._typing import Batch, PyTree
 from trainkit.data._batch import batch_size_of, check_batch
@@ -18,6 +18,11 @@ from trainkit.data._source import Source
 from trainkit.hooks._ema import find_ema, view
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.parallel._strategy import Strategy
+
+
+def key_impl(state: TrainState) -> str:
+    """Returns the name of the generator behind the key of `state`."""
+    return str(jax.random.key_impl(state.rng))
 
 
 class Prepared(NamedTuple):
@@ -41,7 +46,7 @@ class Engine:
 
     def __init__(self, steps: Steps, strategy: Strategy, collection: type[clu.metrics.Collection]) -> None:
         self.steps, self.strategy, self.collection = steps, strategy, collection
-        self._prepared: dict[tuple[str, str], tuple[Callable[..., Any], Accumulator, PyTree]] = {}
+        self._prepared: dict[tuple[str, ...], tuple[Callable[..., Any], Accumulator, PyTree]] = {}
 
     def init(self, seed: int, batch: Batch) -> TrainState:
         """Returns a fresh state on the devices, initialised by one compiled program."""
@@ -66,7 +71,7 @@ class Engine:
             what="training",
             why=why,
         )
-        return self._prepare("training", self.steps.train, traits, feed, donate=(0,))
+        return self._prepare("training", self.steps.train, state, traits, feed, donate=(0,))
 
     def prepare_eval(self, state: TrainState, source: Source, first: Batch) -> Prepared:
         """Returns the evaluation step for `source`, as `prepare_train`."""
@@ -80,15 +85,15 @@ class Engine:
             what="evaluation",
             why="the loss is a scalar",
         )
-        prepared = self._prepare("evaluation", self.steps.evaluate, traits, feed)
+        prepared = self._prepare("evaluation", self.steps.evaluate, state, traits, feed)
         zero = self.strategy.replicate(jnp.zeros((), jnp.int32))
         return prepared._replace(empty=(prepared.empty, zero))
 
-    def prepare_predict(self, first: Batch) -> tuple[Callable[..., Any], Feed]:
+    def prepare_predict(self, state: TrainState, first: Batch) -> tuple[Callable[..., Any], Feed]:
         """Returns the prediction step and the feed for batches like `first`."""
         check_batch(first)
         rows = batch_size_of(first)
-        return self._predict, Feed(
+        return self._predict(key_impl(state)), Feed(
             self.strategy, rows=rows, may_be_partial=True, exact=True, what="prediction"
         )
 
@@ -97,12 +102,12 @@ class Engine:
         memory = find_ema(state)
         if memory is None:
             return state
-        params, stats = self._read_average(state.replace(opt_state=(), hooks={}), memory)
+        params, stats = self._read_average(with_raw_key(state.replace(opt_state=(), hooks={})), memory)
         return state.replace(params=params, batch_stats=stats)
 
-    @functools.cached_property
-    def _predict(self) -> Callable[..., Any]:
-        return self.strategy.compile(self.steps.predict)
+    @functools.cache  # noqa: B019 - one engine lives as long as its trainer
+    def _predict(self, impl: str) -> Callable[..., Any]:
+        return self.strategy.compile(functools.partial(self.steps.predict, impl))
 
     @functools.cached_property
     def _read_average(self) -> Callable[..., Any]:
@@ -113,12 +118,20 @@ class Engine:
         return self.strategy.compile(read)
 
     def _prepare(
-        self, kind: str, step: Callable[..., Any], traits: Traits, feed: Feed, *, donate: tuple[int, ...] = ()
+        self,
+        kind: str,
+        step: Callable[..., Any],
+        state: TrainState,
+        traits: Traits,
+        feed: Feed,
+        *,
+        donate: tuple[int, ...] = (),
     ) -> Prepared:
-        key = (kind, repr(signature(traits.outputs)))
+        impl = key_impl(state)
+        key = (kind, impl, repr(signature(traits.outputs)))
         if key not in self._prepared:
             accumulator = Accumulator(self.collection)
             accumulator.specify(**traits.outputs)
-            compiled = self.strategy.compile(functools.partial(step, accumulator), donate=donate)
+            compiled = self.strategy.compile(functools.partial(step, accumulator, impl), donate=donate)
             self._prepared[key] = compiled, accumulator, self.strategy.replicate(accumulator.empty())
         return Prepared(*self._prepared[key], feed)

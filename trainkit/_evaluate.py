@@ -13,6 +13,7 @@ import numpy as np
 
 from trainkit._engine import Engine
 from trainkit._state import TrainState
+from trainkit._step import with_raw_key
 from trainkit._tree import describe, named_leaves
 from trainkit._typing import Batch, PyTree
 from trainkit.data._batch import unpad
@@ -33,6 +34,7 @@ def evaluate(engine: Engine, state: TrainState, source: Source) -> dict[str, Any
     """
     first, batches = _peek(source)
     prepared = engine.prepare_eval(state, source, first)
+    state = with_raw_key(state)
     strategy, accumulator = engine.strategy, prepared.accumulator
     carry, segments, given = prepared.empty, [], 0
     rows = _Rows(engine)
@@ -60,7 +62,8 @@ def predict(engine: Engine, state: TrainState, source: Source) -> PyTree:
         ValueError: the source is empty, or an output has not one row per example.
     """
     first, batches = _peek(source)
-    step, feed = engine.prepare_predict(first)
+    step, feed = engine.prepare_predict(state, first)
+    state = with_raw_key(state)
     rows = _Rows(engine)
     for batch in batches:
         fed = feed.place(batch)

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from trainkit._dispatch import Dispatcher, before_checkpoints, checkpoints
-from trainkit._engine import Engine
+from trainkit._engine import Engine, key_impl
 from trainkit._evaluate import evaluate
 from trainkit._history import History
 from trainkit._result import FitResult
 from trainkit._state import TrainState
+from trainkit._step import with_raw_key, with_typed_key
 from trainkit._tree import differences, is_key, signature
 from trainkit._typing import Batch
 from trainkit._when import NEVER, Cadence, Every
@@ -80,7 +81,7 @@ class Loop:
         history: History,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.state, self.progress = state, progress
+        self._raw, self._impl, self.progress = with_raw_key(state), key_impl(state), progress
         self.stopped_by: str | None = None
         self._engine, self._request, self._history, self._clock = engine, request, history, clock
         self._batches: Iterator[Batch] | None = itertools.chain([first], batches)
@@ -101,6 +102,11 @@ class Loop:
         self._evaluations = _Timetable([evaluation] if request.evaluations else [], self._step, self._started)
         self._chores = _Timetable(self._make_chores(), self._step, self._started)
 
+    @property
+    def state(self) -> TrainState:
+        """The train state after the last step."""
+        return with_typed_key(self._raw, self._impl)
+
     # One fit --------------------------------------------------------------------------------------------------
 
     def run(self) -> FitResult:
@@ -119,7 +125,7 @@ class Loop:
             raise error or errors[0]
         return FitResult(
             state=self.state,
-            step=int(self.state.step),
+            step=int(self._raw.step),
             epoch=self.progress.epoch,
             seconds=self._clock() - self._started,
             stopped_by=self.stopped_by,
@@ -182,7 +188,7 @@ class Loop:
         due = self._due()
         while batch is not _END:
             fed = place(batch)
-            self.state, metrics.packed = step(self.state, metrics.packed, fed.batch, fed.mask)
+            self._raw, metrics.packed = step(self._raw, metrics.packed, fed.batch, fed.mask)
             self._step += 1
             self.progress.batch += 1
             # Looking one batch ahead tells whether this was the last step of the pass, and overlaps the step.
@@ -233,7 +239,7 @@ class Loop:
         return Info(
             step=self._step,
             epoch=self.progress.epoch,
-            state=self.state,
+            state=lambda: self.state,
             metrics=functools.cache(functools.partial(self._metrics_for, callback, hook)),
             history=self._history,
             logdir=self._request.logdir,
@@ -255,16 +261,17 @@ class Loop:
         if isinstance(action, Stop):
             self.stopped_by = self.stopped_by or action.reason
             return
-        new = action.fn(self.state)
-        changed = differences(signature(self.state), signature(new))
+        old = self.state
+        new = action.fn(old)
+        changed = differences(signature(old), signature(new))
         if changed:
             raise ValueError(
                 f"{type(callback).__name__} returned an Update that changes the structure of the state: "
                 f"{'; '.join(changed)}. Keep structure, shapes and dtypes, so that the step need not compile again."
             )
         # Own buffers, strong types, the layout of the state: the next step donates them and must not compile anew.
-        own = jax.tree.map(_own, new, self.state)
-        self.state = self._engine.strategy.replicate(own)
+        own = jax.tree.map(_own, new, old)
+        self._raw = with_raw_key(self._engine.strategy.replicate(own))
 
 
 def _own(new: Any, old: Any) -> Any:

@@ -93,13 +93,14 @@ class Steps:
     # Training -------------------------------------------------------------------------------------------------
 
     def train(
-        self, accumulator: Accumulator, state: TrainState, packed: Any, batch: Batch, mask: jax.Array | None
+        self, accumulator: Accumulator, impl: str, state: TrainState, packed: Any, batch: Batch, mask: jax.Array | None
     ) -> tuple[TrainState, Any]:
         """One optimizer update, its hooks and its metrics.
 
         Args:
             accumulator: of the training metrics.
-            state: donated.
+            impl: of the key in `state`.
+            state: donated; its key is raw, see `with_raw_key`.
             packed: what `accumulator` carries.
             batch: leaves `[batch, ...]`.
             mask: `bool[batch]`, None when every row is real.
@@ -108,6 +109,7 @@ class Steps:
             The next state and the next `packed`.
         """
         self.traces.record("training", {"state": state, "batch": batch, "mask": mask})
+        state = with_typed_key(state, impl)
         if self._user.train_step is None:
             new_state, gradients, outputs = self._update(state, batch, mask)
             loss, grads = gradients.loss, gradients.grads
@@ -115,7 +117,7 @@ class Steps:
             new_state, outputs = self._custom_update(state, batch)
             loss, grads = jnp.mean(jnp.asarray(outputs.get("loss", jnp.nan))), None
         new_state = update_hooks(self._hooks, StepValues(new_state, loss, grads))
-        return new_state, accumulator.update(packed, **outputs)
+        return with_raw_key(new_state), accumulator.update(packed, **outputs)
 
     def default_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """What `Trainer.train_step` does unless it is overridden: every row of `batch` is real."""
@@ -159,7 +161,7 @@ class Steps:
     # Evaluation and prediction --------------------------------------------------------------------------------
 
     def evaluate(
-        self, accumulator: Accumulator, state: TrainState, carry: Any, batch: Batch, mask: jax.Array | None
+        self, accumulator: Accumulator, impl: str, state: TrainState, carry: Any, batch: Batch, mask: jax.Array | None
     ) -> tuple[Any, dict[str, Any]]:
         """Metrics of one batch merged into `carry`, a pair of `packed` and `int32[]` examples counted.
 
@@ -168,7 +170,7 @@ class Steps:
         """
         self.traces.record("evaluation", {"state": state, "batch": batch, "mask": mask})
         packed, counted = carry
-        outputs = self._eval_outputs(state, batch, mask)
+        outputs = self._eval_outputs(with_typed_key(state, impl), batch, mask)
         packed = accumulator.update(packed, **outputs)
         counted = counted + _or_all_real(mask, batch).sum(dtype=jnp.int32)
         return (packed, counted), accumulator.collect(**outputs)
@@ -181,9 +183,10 @@ class Steps:
         _check_losses(losses, batch)
         return self._for_metrics(losses, outputs, batch, mask)
 
-    def predict(self, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
+    def predict(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
         """Outputs of `predict_step` for one batch, leaves `[batch, ...]`."""
         self.traces.record("prediction", {"state": state, "batch": batch, "mask": mask})
+        state = with_typed_key(state, impl)
 
         def forward(variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array) -> Any:
             ctx = StepContext(train=False, step=step, rng=rng, mask=mask)
@@ -293,6 +296,16 @@ def explained_errors() -> Iterator[None]:
             "and this strategy binds only 'batch'. Use axis_name='batch', or none: under strategy='jit' batch "
             "statistics are over the whole batch already."
         ) from error
+
+
+def with_raw_key(state: TrainState) -> TrainState:
+    """Returns `state` with its key as plain `uint32` data: a typed key costs Python work at each call of a step."""
+    return state.replace(rng=jax.random.key_data(state.rng))
+
+
+def with_typed_key(state: TrainState, impl: str) -> TrainState:
+    """Undoes `with_raw_key`."""
+    return state.replace(rng=jax.random.wrap_key_data(state.rng, impl=impl))
 
 
 def batch_rows(batch: Batch) -> int:

@@ -30,7 +30,7 @@ from trainkit._when import Cadence, as_cadence
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._log_metrics import LogMetrics
 from trainkit.data._source import Source, as_source
-from trainkit.metrics._loss import LossMetrics
+from trainkit.metrics._accumulator import LossMetrics
 from trainkit.parallel._resolve import resolve_strategy
 from trainkit.parallel._strategy import Strategy
 from trainkit.writers._writer import MetricWriter

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from trainkit.data import prefetch
+from trainkit.data import _prefetch, prefetch
 
 PATIENCE = 30.0
 
@@ -165,6 +165,39 @@ def test_ctrl_c_while_waiting_ends_the_thread():
     finally:
         signal.signal(signal.SIGINT, before)
     assert not threads()
+
+
+def test_ctrl_c_while_starting_ends_the_thread(monkeypatch):
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prefetch(iter(int, 1), 1)
+    for thread in threads():
+        thread.join(PATIENCE)
+
+
+def test_a_source_that_hangs_is_left_behind(monkeypatch, caplog):
+    monkeypatch.setattr(_prefetch, "_JOIN_SECONDS", 0.0)
+    begun, released = threading.Event(), threading.Event()
+
+    def source():
+        begun.set()
+        released.wait(PATIENCE)
+        yield 0
+
+    ahead = prefetch(source(), 1)
+    assert begun.wait(PATIENCE)
+    (thread,) = threads()
+    ahead.close()
+    assert "still busy" in caplog.text
+    released.set()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
 
 
 def test_size_below_one():

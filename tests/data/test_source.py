@@ -199,6 +199,9 @@ def test_a_generator_function_is_a_function():
 
 
 def test_functions_that_do_not_fit():
+    # `dict` is a callable without a signature, and an empty one is no iterator of batches.
+    with pytest.raises(TypeError, match="A dict was given"):
+        next(as_source(dict).batches(0))
     with pytest.raises(TypeError, match=r"requires the arguments \['a', 'b'\]"):
         as_source(lambda a, b: None)
     with pytest.raises(TypeError, match="returned a NoneType"):

@@ -300,20 +300,56 @@ def test_an_empty_run_leaves_no_file(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_purge_hides_what_the_resumed_run_writes_again(tmp_path):
-    first = TensorBoardWriter(tmp_path)
-    for step in range(1, 11):
-        first.write_scalars(step, {"loss": 1.0, "gone": 1.0})
-    first.close()
-    second = TensorBoardWriter(tmp_path, purge_step=7)
-    for step in range(7, 9):
-        second.write_scalars(step, {"loss": 2.0})
-    second.close()
-    read = events(tmp_path)
-    assert [(e.step, e.value) for e in read.Scalars("loss")] == [
-        (s, 1.0 if s < 7 else 2.0) for s in range(1, 9)
-    ]
-    assert [e.step for e in read.Scalars("gone")] == list(range(1, 7))
+def write_steps(logdir, steps, value, **options):
+    writer = TensorBoardWriter(logdir, **options)
+    for step in steps:
+        writer.write_scalars(step, {"loss": value} | ({"gone": value} if value == 1 else {}))
+    writer.close()
+
+
+def shown(logdir, tag, loader) -> list[tuple[int, float]]:
+    if loader == "files":
+        return [(e.step, e.value) for path in sorted(logdir.iterdir()) for e in scalars_of(path, tag)]
+    if loader == "accumulator":
+        return [(e.step, e.value) for e in events(logdir).Scalars(tag)]
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(logdir))
+    multiplexer.Reload()
+    return [(e.step, make_ndarray(e.tensor_proto).item()) for e in multiplexer.Tensors(".", tag)]
+
+
+def scalars_of(path, tag):
+    read = events(path)
+    return read.Scalars(tag) if tag in read.Tags()["scalars"] else []
+
+
+# "files" is a reader that does not know the mark of a restart, as TensorBoard's fast loader.
+@pytest.mark.parametrize("loader", ["accumulator", "multiplexer", "files"])
+def test_a_purge_hides_what_the_resumed_runs_write_again(tmp_path, loader):
+    write_steps(tmp_path, range(1, 11), 1.0)
+    write_steps(tmp_path, range(7, 12), 2.0, purge_step=7)
+    write_steps(tmp_path, range(9, 10), 3.0, purge_step=9)
+    values = [1.0] * 6 + [2.0] * 2 + [3.0]
+    assert shown(tmp_path, "loss", loader) == list(zip(range(1, 10), values, strict=True))
+    assert shown(tmp_path, "gone", loader) == [(step, 1.0) for step in range(1, 7)]
+
+
+@pytest.mark.parametrize("loader", ["accumulator", "multiplexer"])
+def test_a_purge_hides_but_does_not_touch_the_files_of_other_programs(tmp_path, loader):
+    write_steps(tmp_path, range(1, 6), 1.0)
+    (path,) = tmp_path.iterdir()
+    other = path.rename(path.with_name("events.out.tfevents.1.host"))
+    before = other.read_bytes()
+    write_steps(tmp_path, range(4, 5), 2.0, purge_step=4)
+    assert other.read_bytes() == before
+    assert shown(tmp_path, "loss", loader) == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
+def test_a_purge_mends_a_file_cut_short(tmp_path):
+    write_steps(tmp_path, range(1, 6), 1.0)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-5])
+    write_steps(tmp_path, [3], 2.0, purge_step=3)
+    assert shown(tmp_path, "loss", "files") == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
 def test_writers_of_the_same_moment_get_files_of_their_own(tmp_path):

@@ -32,6 +32,11 @@ class Plan:
 class Info:
     """What a hook of a callback is told. Read-only; `state` is valid during the call only.
 
+    Args:
+        state: returns the train state.
+        metrics: returns the metrics of this moment.
+        direction: says which way a metric improves.
+
     Attributes:
         step: updates completed.
         epoch: passes over the training source begun; during epoch number 1 it is 1, before the first 0.
@@ -42,25 +47,20 @@ class Info:
         seconds: since the fit began.
     """
 
-    __slots__ = (
-        "_direction",
-        "_metrics",
-        "_state",
-        "epoch",
-        "history",
-        "logdir",
-        "plan",
-        "seconds",
-        "step",
-        "writer",
-    )
+    step: int
+    epoch: int
+    history: History
+    logdir: pathlib.Path | None
+    writer: MetricWriter
+    plan: Plan
+    seconds: float
 
     def __init__(
         self,
         *,
         step: int,
         epoch: int,
-        state: TrainState | None,
+        state: Callable[[], TrainState],
         metrics: Callable[[], Mapping[str, Any]],
         history: History,
         logdir: pathlib.Path | None,
@@ -69,20 +69,19 @@ class Info:
         seconds: float,
         direction: Callable[[str], str | None],
     ) -> None:
-        values = locals()
-        for name in ("step", "epoch", "history", "logdir", "writer", "plan", "seconds"):
-            object.__setattr__(self, name, values[name])
-        object.__setattr__(self, "_state", state)
-        object.__setattr__(self, "_metrics", metrics)
-        object.__setattr__(self, "_direction", direction)
-
-    step: int
-    epoch: int
-    history: History
-    logdir: pathlib.Path | None
-    writer: MetricWriter
-    plan: Plan
-    seconds: float
+        # Past __setattr__, which refuses.
+        self.__dict__.update(
+            step=step,
+            epoch=epoch,
+            history=history,
+            logdir=logdir,
+            writer=writer,
+            plan=plan,
+            seconds=seconds,
+            _state=state,
+            _metrics=metrics,
+            _direction=direction,
+        )
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(
@@ -97,7 +96,7 @@ class Info:
                 "info.state is valid only during the hook it was given to, and not before the state exists. "
                 "Read what you need during the call, e.g. jax.device_get(info.state.params)."
             )
-        return self._state
+        return self._state()
 
     @property
     def metrics(self) -> Mapping[str, Any]:
@@ -114,4 +113,4 @@ class Info:
 
     def expire(self) -> None:
         """Ends the validity of `state`; the loop calls this after the hook."""
-        object.__setattr__(self, "_state", None)
+        self.__dict__["_state"] = None

@@ -10,11 +10,11 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics
-from flax import struct
 
 from trainkit._tree import differences, signature
 from trainkit._typing import Outputs
@@ -26,9 +26,9 @@ from trainkit.metrics._packing import Packed, Packing
 Collected = dict[str, Any]
 
 
-@struct.dataclass
+@flax.struct.dataclass
 class LossMetrics(metrics.Collection):
-    """The mean of the output `loss`, under the name `loss`; what a trainer has when it is given no metrics."""
+    """The mean of the output `loss`, under the name `loss`: the metrics of a trainer that is given none."""
 
     loss: metrics.Average.from_output("loss")  # pyright: ignore[reportInvalidTypeForm]
 
@@ -118,7 +118,7 @@ class Accumulator:
         self._packing = packing
         # A caller may be inside of a trace; the values must be concrete all the same.
         with jax.ensure_compile_time_eval():
-            self._empty = tuple(np.asarray(part) for part in packing.pack(self._device.empty()))
+            self._empty = packing.pack_on_host(self._device.empty())
 
     def _carried_spec(self, outputs: Outputs) -> metrics.Collection:
         single = jax.eval_shape(lambda given: self._device.single_from_model_output(**given), dict(outputs))
@@ -260,7 +260,8 @@ class Accumulator:
             keys = {key: key for key in metric.wanted(rows[0])}
         else:
             keys = {key.removeprefix(f"{name}/"): key for key in rows[0] if key.startswith(f"{name}/")}
-        return metric(values={key: tuple(batch[source] for batch in rows) for key, source in keys.items()})
+        values = {key: tuple(batch[source] for batch in rows) for key, source in keys.items()}
+        return metric(values=values)  # pyright: ignore[reportCallIssue]
 
 
 def _single_precision(outputs: Outputs) -> dict[str, Any]:

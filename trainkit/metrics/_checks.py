@@ -38,7 +38,8 @@ def metric_classes(collection: type[metrics.Collection]) -> dict[str, type[metri
         raise TypeError(
             f"The collection {where} is not a dataclass. Decorate it with @flax.struct.dataclass."
         )
-    found = {f.name: f.type for f in dataclasses.fields(collection) if f.name != "_reduction_counter"}
+    fields: Any = dataclasses.fields(collection)  # pyright: ignore[reportArgumentType]
+    found = {field.name: field.type for field in fields if field.name != "_reduction_counter"}
     for name, metric in found.items():
         _check_class(where, name, metric)
     return found
@@ -100,7 +101,7 @@ def metric_spec(name: str, metric: type[metrics.Metric], outputs: Outputs) -> me
 
 def _check_mask(name: str, metric: type[metrics.Metric], outputs: Outputs) -> None:
     output, mask = output_name(metric), outputs.get("mask")
-    value = outputs.get(output)
+    value = outputs.get(output) if output else None
     if mask is None or value is None or not value.ndim or value.shape[0] == mask.shape[0]:
         return
     raise ValueError(

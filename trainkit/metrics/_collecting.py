@@ -6,16 +6,19 @@ Owns which outputs are kept and how masks apply.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, Self
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics
-from flax import struct
+
+from trainkit.metrics._variant import variant
 
 Rows = dict[str, np.ndarray]
+Computed = float | np.ndarray | Mapping[str, float | np.ndarray]
 
 
-@struct.dataclass
+@flax.struct.dataclass
 class Collecting(metrics.CollectingMetric):
     """A metric that keeps the outputs of every real row and computes once, on the host, at the end.
 
@@ -36,7 +39,7 @@ class Collecting(metrics.CollectingMetric):
         return cls.names
 
     @classmethod
-    def from_rows(cls, rows: Rows) -> float | np.ndarray | Mapping[str, float | np.ndarray]:
+    def from_rows(cls, rows: Rows) -> Computed:
         """Computes the metric from all real rows.
 
         Args:
@@ -68,9 +71,16 @@ class Collecting(metrics.CollectingMetric):
                 )
         if mask is None:
             mask = jnp.ones(next(iter(kept.values())).shape[:1], bool)
-        return cls({name: (value,) for name, value in {**kept, "mask": mask}.items()})
+        values = {name: (value,) for name, value in {**kept, "mask": mask}.items()}
+        return cls(values=values)  # pyright: ignore[reportCallIssue]
 
-    def compute(self) -> float | np.ndarray | Mapping[str, float | np.ndarray]:
+    def merge(self, other: Self) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the rows of both, on the host."""
+        # CLU 0.0.12 takes an empty metric on the left only.
+        merged = super().merge(other) if other.values else self
+        return merged  # pyright: ignore[reportReturnType]
+
+    def compute(self) -> Computed:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns what `from_rows` makes of the real rows, and NaN where there are none."""
         rows = {
             name: np.concatenate([np.asarray(part) for part in parts]) for name, parts in self.values.items()
@@ -83,9 +93,7 @@ class Collecting(metrics.CollectingMetric):
         return self.from_rows(rows)
 
 
-def collecting(
-    names: Sequence[str], fn: Callable[[Rows], float | np.ndarray | Mapping[str, float | np.ndarray]]
-) -> type[Collecting]:
+def collecting(names: Sequence[str], fn: Callable[[Rows], Computed]) -> type[Collecting]:
     """Returns a metric that calls a function on all real rows of an evaluation.
 
     Args:
@@ -113,5 +121,4 @@ def collecting(
         )
     if not names:
         raise ValueError("collecting needs the name of at least one output, got none.")
-    fields = {"names": tuple(names), "from_rows": staticmethod(fn), "__module__": __name__}
-    return struct.dataclass(type("Collected", (Collecting,), fields))
+    return variant(Collecting, "Collected", names=tuple(names), from_rows=staticmethod(fn))

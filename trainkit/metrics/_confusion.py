@@ -5,16 +5,17 @@ Owns the counting of class pairs.
 
 from typing import ClassVar, Self
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics
-from flax import struct
 
 from trainkit.metrics._inputs import broadcast_mask, check_classification
+from trainkit.metrics._variant import variant
 
 
-@struct.dataclass
+@flax.struct.dataclass
 class ConfusionMatrix(metrics.Metric):
     """Counts of (label, prediction) pairs, the prediction being the argmax of the logits.
 
@@ -52,8 +53,7 @@ class ConfusionMatrix(metrics.Metric):
         """
         if num_classes < 2:
             raise ValueError(f"{cls.__name__}.of takes at least 2 classes, got {num_classes}.")
-        fields = {"num_classes": num_classes, "__module__": __name__}
-        return struct.dataclass(type(cls.__name__, (cls,), fields))
+        return variant(cls, cls.__name__, num_classes=num_classes)
 
     @classmethod
     def empty(cls) -> Self:
@@ -100,11 +100,11 @@ class ConfusionMatrix(metrics.Metric):
         rows = jnp.where(counted, labels, cls.num_classes)
         return cls(matrix=zeros.at[rows, predictions].add(1, mode="drop"))
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: Self) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the counts of both sets of pairs; NumPy leaves stay NumPy."""
         return type(self)(matrix=self.matrix + other.matrix)
 
-    def compute(self) -> jax.Array | np.ndarray:
+    def compute(self) -> jax.Array | np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the counts, int `[classes, classes]`, rows by label."""
         return self.matrix
 
@@ -119,7 +119,7 @@ def _macro(scores: jax.Array, matrix: jax.Array) -> jax.Array:
     return (scores * seen).sum() / seen.sum()
 
 
-@struct.dataclass
+@flax.struct.dataclass
 class Precision(ConfusionMatrix):
     """The macro-averaged precision: the mean over classes of hits / predictions.
 
@@ -135,12 +135,12 @@ class Precision(ConfusionMatrix):
         0.75
     """
 
-    def compute(self) -> jax.Array | np.ndarray:
+    def compute(self) -> jax.Array | np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the precision, float `[]`."""
         return _macro(_ratio(self.matrix.diagonal(), self.matrix.sum(axis=0)), self.matrix)
 
 
-@struct.dataclass
+@flax.struct.dataclass
 class Recall(ConfusionMatrix):
     """The macro-averaged recall: the mean over classes of hits / labels.
 
@@ -155,12 +155,12 @@ class Recall(ConfusionMatrix):
         0.75
     """
 
-    def compute(self) -> jax.Array | np.ndarray:
+    def compute(self) -> jax.Array | np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the recall, float `[]`."""
         return _macro(_ratio(self.matrix.diagonal(), self.matrix.sum(axis=1)), self.matrix)
 
 
-@struct.dataclass
+@flax.struct.dataclass
 class F1(ConfusionMatrix):
     """The macro-averaged F1 score: the mean over classes of the harmonic mean of precision and recall.
 
@@ -175,7 +175,7 @@ class F1(ConfusionMatrix):
         1.0
     """
 
-    def compute(self) -> jax.Array | np.ndarray:
+    def compute(self) -> jax.Array | np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the F1 score, float `[]`."""
         pairs = self.matrix.sum(axis=0) + self.matrix.sum(axis=1)
         hits = self.matrix.diagonal()

@@ -54,7 +54,7 @@ class Packing:
         leaves: shape and dtype of every leaf.
     """
 
-    treedef: jax.tree_util.PyTreeDef
+    treedef: Any
     leaves: tuple[jax.ShapeDtypeStruct, ...]
 
     @classmethod
@@ -81,6 +81,17 @@ class Packing:
             else:
                 large.append(leaf)
         return (jnp.concatenate(words), *large)
+
+    def pack_on_host(self, tree: Any) -> tuple[np.ndarray, ...]:
+        """Returns what `pack` does, as NumPy arrays; `tree` has concrete leaves."""
+        words, large = [np.zeros((0,), np.uint32)], []
+        for leaf, spec in zip(self.treedef.flatten_up_to(tree), self.leaves, strict=True):
+            leaf = np.broadcast_to(np.asarray(leaf).astype(spec.dtype), spec.shape)
+            if _is_packed(spec):
+                words.append(leaf.reshape(-1).astype(_carrier(spec.dtype)).view(np.uint32))
+            else:
+                large.append(leaf)
+        return (np.concatenate(words), *large)
 
     def unpack(self, packed: Packed) -> Any:
         """Returns the tree from what `pack` returned; traceable."""

@@ -5,16 +5,17 @@ Owns the token mask; losses are computed by the user.
 
 from typing import ClassVar, Self
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics
-from flax import struct
 
 from trainkit.metrics._inputs import broadcast_mask
+from trainkit.metrics._variant import variant
 
 
-@struct.dataclass
+@flax.struct.dataclass
 class Perplexity(metrics.Metric):
     """The exponential of the mean negative log-likelihood (natural logarithm) per token.
 
@@ -55,8 +56,7 @@ class Perplexity(metrics.Metric):
         Returns:
             A metric class for a collection's annotation.
         """
-        fields = {"losses": losses, "token_mask": token_mask, "__module__": __name__}
-        return struct.dataclass(type("Perplexity", (cls,), fields))
+        return variant(cls, cls.__name__, losses=losses, token_mask=token_mask)
 
     @classmethod
     def empty(cls) -> Self:
@@ -80,11 +80,11 @@ class Perplexity(metrics.Metric):
         losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
         return cls(total=jnp.where(keep, losses, 0).sum(), count=keep.sum(dtype=jnp.int32))
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: Self) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the sums over both sets of tokens; NumPy leaves stay NumPy."""
         return type(self)(total=self.total + other.total, count=self.count + other.count)
 
-    def compute(self) -> jax.Array | np.ndarray:
+    def compute(self) -> jax.Array | np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the perplexity, float `[]`."""
         mean = self.total / self.count.astype(self.total.dtype)
         return jnp.exp(mean) if isinstance(mean, jax.Array) else np.exp(mean)

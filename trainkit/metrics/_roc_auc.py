@@ -5,8 +5,8 @@ Owns the rank statistic; rows are kept by `Collecting`.
 
 from collections.abc import Iterable
 
+import flax.struct
 import numpy as np
-from flax import struct
 
 from trainkit.metrics._collecting import Collecting, Rows
 
@@ -17,7 +17,7 @@ def _average_ranks(scores: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2)[group.reshape(-1)]
 
 
-@struct.dataclass
+@flax.struct.dataclass
 class ROCAUC(Collecting):
     """The area under the ROC curve of a binary classifier, exact, with ties counted as one half.
 

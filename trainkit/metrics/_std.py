@@ -5,16 +5,16 @@ Owns the moments; the mean itself is `clu.metrics.Average`.
 
 from typing import Self
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics
-from flax import struct
 
 from trainkit.metrics._inputs import broadcast_mask
 
 
-@struct.dataclass
+@flax.struct.dataclass
 class Std(metrics.Metric):
     """The population standard deviation of all unmasked values.
 
@@ -63,7 +63,7 @@ class Std(metrics.Metric):
         m2 = jnp.where(mask, values - mean, 0) ** 2
         return cls(count=count, mean=mean, m2=m2.sum())
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: Self) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the moments of both sets of values; NumPy leaves stay NumPy."""
         count = self.count + other.count
         # The share is exactly 0 or 1 when one side is empty, which makes `empty()` an exact identity.
@@ -76,6 +76,6 @@ class Std(metrics.Metric):
             m2=self.m2 + other.m2 + delta**2 * weight,
         )
 
-    def compute(self) -> jax.Array | np.ndarray:
+    def compute(self) -> jax.Array | np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the standard deviation, float `[]`."""
         return (self.m2 / self.count.astype(self.m2.dtype)) ** 0.5

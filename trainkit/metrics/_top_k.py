@@ -2,15 +2,16 @@
 
 from typing import ClassVar, Self
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from clu import metrics
-from flax import struct
 
 from trainkit.metrics._inputs import check_classification
+from trainkit.metrics._variant import variant
 
 
-@struct.dataclass
+@flax.struct.dataclass
 class TopKAccuracy(metrics.Average):
     """The share of examples whose label is among the k highest logits; k = 5 unless `with_k` says otherwise.
 
@@ -44,10 +45,10 @@ class TopKAccuracy(metrics.Average):
         """
         if k < 1:
             raise ValueError(f"TopKAccuracy.with_k takes k >= 1, got {k}.")
-        return struct.dataclass(type(f"Top{k}Accuracy", (cls,), {"k": k, "__module__": __name__}))
+        return variant(cls, f"Top{k}Accuracy", k=k)
 
     @classmethod
-    def from_model_output(
+    def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, *, logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None, **_: object
     ) -> Self:
         """Returns the metric of one batch.
@@ -73,9 +74,10 @@ class TopKAccuracy(metrics.Average):
             )
         index = jnp.arange(classes, dtype=jnp.int32).reshape((1,) * labels.ndim + (classes,))
         label = labels.astype(jnp.int32)[..., None]
-        score = jnp.take_along_axis(logits, label.clip(0, classes - 1), axis=-1)
+        score = jnp.where(index == label, logits, 0).sum(axis=-1, keepdims=True)
         # "Not at most" rather than "greater": NaN logits rank first, as they do in argmax.
         ahead = ~(logits <= score) | ((logits == score) & (index < label))
         known = (labels >= 0) & (labels < classes)
         hit = known & (ahead.sum(axis=-1, dtype=jnp.int32) < cls.k)
-        return super().from_model_output(hit.astype(jnp.float32), mask=mask)
+        counts = super().from_model_output(hit.astype(jnp.float32), mask=mask)
+        return counts  # pyright: ignore[reportReturnType]

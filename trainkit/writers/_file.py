@@ -1,9 +1,11 @@
-"""A file that only grows, by whole records. Owns durability within the process; knows no format."""
+"""Files of records: appended whole, rewritten whole. Owns that nothing is left half done; knows no format."""
 
 import contextlib
 import os
 import pathlib
+import tempfile
 import threading
+from collections.abc import Iterable
 
 
 class RecordFile:
@@ -56,3 +58,27 @@ class RecordFile:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def rewrite(path: pathlib.Path, records: Iterable[bytes]) -> None:
+    """Puts new content in place of a file's such that a crash leaves the one or the other.
+
+    Args:
+        path: the file; it exists.
+        records: the new content, in order.
+
+    Raises:
+        OSError: the system refused it; the old content stands.
+    """
+    # The name must not look like a log to a reader that lists the folder meanwhile.
+    handle, name = tempfile.mkstemp(prefix=".rewrite-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.writelines(records)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, path.stat().st_mode)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

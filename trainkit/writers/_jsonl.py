@@ -4,13 +4,12 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from trainkit._typing import Array, Clock
-from trainkit.writers._file import RecordFile
+from trainkit.writers._file import RecordFile, rewrite
 from trainkit.writers._logdir import claim, release
 from trainkit.writers._values import Complaints, Unwritable, as_number, describe, flat_hparams
 from trainkit.writers._writer import MetricWriter, Scalar
@@ -159,10 +158,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Example:
         >>> import tempfile
-        >>> writer = JsonlWriter(tempfile.mkdtemp(), clock=lambda: 0.0)
+        >>> folder = tempfile.mkdtemp()
+        >>> writer = JsonlWriter(folder, clock=lambda: 0.0)
         >>> writer.write_scalars(1, {"train/loss": float("nan")})
         >>> writer.close()
-        >>> read_jsonl(writer._logdir / "metrics.jsonl")
+        >>> read_jsonl(f"{folder}/metrics.jsonl")
         [{'step': 1, 'time': 0.0, 'scalars': {'train/loss': nan}}]
     """
     entries = _entries(pathlib.Path(path))
@@ -211,7 +211,7 @@ def _repair(path: pathlib.Path, purge_step: int | None) -> None:
     kept = _entries(path)
     if purge_step is not None:
         kept = [entry for entry in kept if entry.get("step", -1) < purge_step]
-    _replace(path, b"".join(map(_line, kept)))
+    rewrite(path, map(_line, kept))
 
 
 def _ends_whole(path: pathlib.Path) -> bool:
@@ -220,18 +220,3 @@ def _ends_whole(path: pathlib.Path) -> bool:
             return True
         file.seek(-1, os.SEEK_END)
         return file.read() == b"\n"
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    """Puts new content in place of the old such that a crash leaves one or the other."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, path.stat().st_mode)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

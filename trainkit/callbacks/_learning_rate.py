@@ -1,0 +1,108 @@
+"""`LearningRate`: writes the learning rate in use. Changes nothing."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from trainkit._when import Cadence, Every, as_cadence
+from trainkit.callbacks._callback import Callback
+from trainkit.callbacks._hyperparams import labels_of, missing, values_of
+from trainkit.callbacks._info import Info
+from trainkit.writers._writer import MetricWriter
+
+_EVERY = Every(steps=50)
+
+
+class LearningRate(Callback):
+    """Writes the learning rate that the last update used, one interval late so that the devices run on.
+
+    It is read from the optimizer state where `optax.inject_hyperparams` keeps it, else computed by
+    `schedule`. Of several injected ones each is written as `<name>/<label>`, the label being that of
+    `optax.partition`; of one that is an array each element as `<name>/<index>`.
+
+    Args:
+        every: cadence.
+        name: name in the log.
+        schedule: `schedule(count) -> rate`, given to the optimizer too; for an optimizer without
+            injected hyperparameters. The update that completes step n used `schedule(n - 1)`.
+        hyperparam: name of the injected hyperparameter.
+
+    Raises:
+        TypeError: `every` is not a cadence or `schedule` not a function.
+        ValueError: at the start of a fit, where there is neither an injected hyperparameter nor a schedule.
+
+    Example:
+        >>> schedule = optax.cosine_decay_schedule(1e-3, decay_steps=1000)
+        >>> callbacks = [LearningRate(schedule=schedule)]
+    """
+
+    def __init__(
+        self,
+        every: Cadence = _EVERY,
+        *,
+        name: str = "learning_rate",
+        schedule: optax.Schedule | None = None,
+        hyperparam: str = "learning_rate",
+    ) -> None:
+        self.every = as_cadence(every, "every")
+        if schedule is not None and not callable(schedule):
+            raise TypeError(
+                f"LearningRate(schedule={schedule!r}): expected a function of the count of updates."
+            )
+        self._name, self._schedule, self._hyperparam = name, schedule, hyperparam
+        self._writer: MetricWriter | None = None
+        self._names: list[str] = []
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def on_fit_start(self, info: Info) -> None:
+        labels = labels_of(info.state.opt_state, self._hyperparam)
+        if not labels and self._schedule is None:
+            why = missing("LearningRate", info.state.opt_state, self._hyperparam)
+            raise ValueError(f"{why}; or pass the schedule, LearningRate(schedule=...).")
+        self._names = [f"{self._name}/{label}" if label else self._name for label in labels]
+        self._writer, self._pending = info.writer, None
+
+    def on_step(self, info: Info) -> None:
+        self._write_pending()
+        if self._names:
+            values = values_of(info.state.opt_state, self._hyperparam)
+            # Copied, because the next step takes the buffers of the state.
+            rates = {name: jnp.copy(value) for name, value in zip(self._names, values, strict=True)}
+        else:
+            assert self._schedule is not None
+            rates = {self._name: jnp.asarray(self._schedule(info.step - 1))}
+        for rate in rates.values():
+            rate.copy_to_host_async()
+        self._pending = info.step, rates
+
+    def on_eval_start(self, info: Info) -> None:
+        self._write_pending()
+
+    def on_fit_end(self, info: Info) -> None:
+        self._write_pending()
+
+    def on_exception(self, info: Info, exc: BaseException) -> None:
+        self._write_pending()
+
+    def close(self) -> None:
+        self._writer = self._pending = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Writes what is pending, so that a run resumed from here leaves no gap in the log."""
+        self._write_pending()
+        return {}
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        # Forgotten first: where reading raises, `on_exception` must not run into the same again.
+        (step, rates), self._pending = self._pending, None
+        assert self._writer is not None
+        scalars: dict[str, float] = {}
+        for name, value in rates.items():
+            for index, element in np.ndenumerate(np.asarray(value)):
+                scalars["/".join([name, *map(str, index)])] = float(element)
+        self._writer.write_scalars(step, scalars)
