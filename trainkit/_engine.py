@@ -17,7 +17,7 @@ from trainkit.data._batch import batch_size_of, check_batch
 from trainkit.data._source import Source
 from trainkit.hooks._ema import find_ema, view
 from trainkit.metrics._accumulator import Accumulator
-from trainkit.parallel._strategy import Strategy
+from trainkit.parallel._strategy import Role, Strategy
 
 
 def key_impl(state: TrainState) -> str:
@@ -53,7 +53,8 @@ class Engine:
         check_batch(batch)
         batch_size_of(batch)
         with explained_errors():
-            return self.strategy.compile(self.steps.init)(jax.random.key(seed), self.strategy.place(batch))
+            init = self.strategy.compile(self.steps.init, inputs=(Role.WHOLE, Role.WHOLE), outputs=Role.STATE)
+            return init(jax.random.key(seed), self.strategy.replicate(batch))
 
     def prepare_train(self, state: TrainState, source: Source, first: Batch) -> Prepared:
         """Returns the training step for `source`, whose first batch is `first`; refuses what is wrong with it."""
@@ -71,7 +72,13 @@ class Engine:
             what="training",
             why=why,
         )
-        return self._prepare("training", self.steps.train, state, traits, feed, donate=(0,))
+        compiled = functools.partial(
+            self.strategy.compile,
+            inputs=(Role.STATE, Role.WHOLE, Role.ROWS, Role.ROWS),
+            outputs=(Role.STATE, Role.WHOLE),
+            donate=(0,),
+        )
+        return self._prepare("training", self.steps.train, compiled, state, traits, feed)
 
     def prepare_eval(self, state: TrainState, source: Source, first: Batch) -> Prepared:
         """Returns the evaluation step for `source`, as `prepare_train`."""
@@ -85,7 +92,12 @@ class Engine:
             what="evaluation",
             why="the loss is a scalar",
         )
-        prepared = self._prepare("evaluation", self.steps.evaluate, state, traits, feed)
+        compiled = functools.partial(
+            self.strategy.compile,
+            inputs=(Role.STATE, Role.WHOLE, Role.ROWS, Role.ROWS),
+            outputs=(Role.WHOLE, Role.ROWS),
+        )
+        prepared = self._prepare("evaluation", self.steps.evaluate, compiled, state, traits, feed)
         zero = self.strategy.replicate(jnp.zeros((), jnp.int32))
         return prepared._replace(empty=(prepared.empty, zero))
 
@@ -107,7 +119,11 @@ class Engine:
 
     @functools.cache  # noqa: B019 - one engine lives as long as its trainer
     def _predict(self, impl: str) -> Callable[..., Any]:
-        return self.strategy.compile(functools.partial(self.steps.predict, impl))
+        return self.strategy.compile(
+            functools.partial(self.steps.predict, impl),
+            inputs=(Role.STATE, Role.ROWS, Role.ROWS),
+            outputs=Role.ROWS,
+        )
 
     @functools.cached_property
     def _read_average(self) -> Callable[..., Any]:
@@ -115,23 +131,22 @@ class Engine:
             averaged = view(state, memory)
             return averaged.params, averaged.batch_stats
 
-        return self.strategy.compile(read)
+        return self.strategy.compile(read, inputs=(Role.STATE, Role.STATE), outputs=(Role.STATE, Role.STATE))
 
     def _prepare(
         self,
         kind: str,
         step: Callable[..., Any],
+        compiled: Callable[..., Any],
         state: TrainState,
         traits: Traits,
         feed: Feed,
-        *,
-        donate: tuple[int, ...] = (),
     ) -> Prepared:
         impl = key_impl(state)
         key = (kind, impl, repr(signature(traits.outputs)))
         if key not in self._prepared:
             accumulator = Accumulator(self.collection)
             accumulator.specify(**traits.outputs)
-            compiled = self.strategy.compile(functools.partial(step, accumulator, impl), donate=donate)
-            self._prepared[key] = compiled, accumulator, self.strategy.replicate(accumulator.empty())
+            run = compiled(functools.partial(step, accumulator, impl))
+            self._prepared[key] = run, accumulator, self.strategy.replicate(accumulator.empty())
         return Prepared(*self._prepared[key], feed)

@@ -271,7 +271,7 @@ class Loop:
             )
         # Own buffers, strong types, the layout of the state: the next step donates them and must not compile anew.
         own = jax.tree.map(_own, new, old)
-        self._raw = with_raw_key(self._engine.strategy.replicate(own))
+        self._raw = with_raw_key(self._engine.strategy.lay_out(own))
 
 
 def _own(new: Any, old: Any) -> Any:

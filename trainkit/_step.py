@@ -18,7 +18,7 @@ from trainkit._tree import describe, differences, path_name, signature
 from trainkit._typing import Batch, Outputs, PyTree
 from trainkit.hooks._hook import StepHook, StepValues, init_hooks, update_hooks
 from trainkit.metrics._accumulator import Accumulator
-from trainkit.parallel._strategy import Strategy
+from trainkit.parallel._strategy import Role, Strategy
 
 _RESERVED = ("loss", "mask")
 
@@ -87,8 +87,9 @@ class Steps:
 
     def init_variables(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
         """Returns the variables that one call of the loss creates."""
-        ctx = StepContext(train=True, step=jnp.zeros((), jnp.int32), rng=rng, mask=_all_real(batch))
-        return self._model.init(self._checked_loss, rng, batch, ctx)
+        mask = self._strategy.example(_all_real(batch))
+        ctx = StepContext(train=True, step=jnp.zeros((), jnp.int32), rng=rng, mask=mask)
+        return self._model.init(self._checked_loss, rng, self._strategy.example(batch), ctx)
 
     # Training -------------------------------------------------------------------------------------------------
 
@@ -117,7 +118,7 @@ class Steps:
             new_state, outputs = self._custom_update(state, batch)
             loss, grads = jnp.mean(jnp.asarray(outputs.get("loss", jnp.nan))), None
         new_state = update_hooks(self._hooks, StepValues(new_state, loss, grads))
-        return with_raw_key(new_state), accumulator.update(packed, **outputs)
+        return with_raw_key(new_state), self._accumulate(accumulator, packed, outputs)
 
     def default_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """What `Trainer.train_step` does unless it is overridden: every row of `batch` is real."""
@@ -152,11 +153,22 @@ class Steps:
             variables = {**state.model_state, "params": params}
             losses, outputs, updated = forward(variables, batch, _or_all_real(mask, batch), state.step, rng)
             _check_losses(losses, batch)
-            return _mean(losses, mask), (losses, outputs, updated)
+            return self._share(losses, mask, batch), (losses, outputs, updated)
 
         (loss, (losses, outputs, updated)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-        carried = {name: value for name, value in updated.items() if name in state.model_state}
-        return Gradients(loss, losses, outputs, carried, grads)
+        loss, grads = self._strategy.sum((loss, grads))
+        return Gradients(loss, losses, outputs, self._strategy.merge_collections(updated), grads)
+
+    def _share(self, losses: jax.Array, mask: jax.Array | None, batch: Batch) -> jax.Array:
+        """Returns this program's share of the mean loss over the real examples: the mean itself when it is alone."""
+        if self._strategy.replica_axis is None:
+            return _mean(losses, mask)
+        count = jnp.asarray(batch_rows(batch)) if mask is None or losses.ndim == 0 else mask.sum()
+        total = losses * count if losses.ndim == 0 else jnp.where(_or_all_real(mask, batch), losses, 0).sum()
+        return total / jnp.maximum(self._strategy.sum(count), 1).astype(losses.dtype)
+
+    def _accumulate(self, accumulator: Accumulator, packed: Any, outputs: Outputs) -> Any:
+        return accumulator.update(packed, axis_name=self._strategy.replica_axis, **outputs)
 
     # Evaluation and prediction --------------------------------------------------------------------------------
 
@@ -171,17 +183,22 @@ class Steps:
         self.traces.record("evaluation", {"state": state, "batch": batch, "mask": mask})
         packed, counted = carry
         outputs = self._eval_outputs(with_typed_key(state, impl), batch, mask)
-        packed = accumulator.update(packed, **outputs)
-        counted = counted + _or_all_real(mask, batch).sum(dtype=jnp.int32)
+        packed = self._accumulate(accumulator, packed, outputs)
+        counted = counted + self._strategy.sum(_or_all_real(mask, batch).sum(dtype=jnp.int32))
         return (packed, counted), accumulator.collect(**outputs)
 
     def default_eval(self, state: TrainState, batch: Batch, mask: jax.Array | None = None) -> dict[str, Any]:
         """What `Trainer.eval_step` does unless it is overridden: the loss with `ctx.train` False."""
+        return self._eval_forward(state, batch, mask)[1]
+
+    def _eval_forward(
+        self, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, Any]]:
         forward = self._strategy.map_forward(self._forward(train=False))
         real = _or_all_real(mask, batch)
         losses, outputs, _ = forward(state.variables, batch, real, state.step, _step_key(state))
         _check_losses(losses, batch)
-        return self._for_metrics(losses, outputs, batch, mask)
+        return losses, self._for_metrics(losses, outputs, batch, mask)
 
     def predict(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
         """Outputs of `predict_step` for one batch, leaves `[batch, ...]`."""
@@ -207,41 +224,54 @@ class Steps:
 
     def inspect_train(self, state: TrainState, batch: Batch) -> Traits:
         """Runs the training step abstractly: refuses what is wrong with it, and says what it returns."""
+        found: dict[str, Any] = {}
 
-        def run(state: TrainState, batch: Batch) -> Any:
+        def run(state: TrainState, batch: Batch) -> TrainState:
             if self._user.train_step is None:
                 new_state, gradients, outputs = self._update(state, batch, None)
-                return new_state, gradients.losses, outputs
-            return *self._custom_update(state, batch), jnp.zeros(())
+                found["traits"] = Traits(gradients.losses.ndim == 1, shapes(outputs))
+            else:
+                new_state, outputs = self._custom_update(state, batch)
+                found["traits"] = Traits(False, shapes(outputs))
+            return new_state
 
-        with explained_errors():
-            if self._user.train_step is None:
-                new_state, losses, outputs = jax.eval_shape(run, state, batch)
-                return Traits(losses.ndim == 1, outputs)
-            new_state, outputs, _ = jax.eval_shape(run, state, batch)
-        changed = differences(signature(state.replace(hooks={})), signature(new_state.replace(hooks={})))
-        if changed:
+        new_state = self._abstractly(run, state, batch)
+        changed = differences(signature(state), signature(new_state))
+        if changed and self._user.train_step is not None:
             raise ValueError(
                 "train_step returned a state of another structure than it was given: "
                 f"{'; '.join(changed)}. Return state.replace(...) or state.apply_gradients(...) of the same fields."
             )
-        return Traits(False, outputs)
+        return found["traits"]
 
     def inspect_eval(self, state: TrainState, batch: Batch) -> Traits:
         """Runs the evaluation step abstractly, as `inspect_train`."""
+        found: dict[str, Any] = {}
+
+        def run(state: TrainState, batch: Batch) -> jax.Array:
+            per_example = True
+            if self._user.eval_step is None:
+                losses, outputs = self._eval_forward(state, batch, None)
+                per_example = losses.ndim == 1
+            else:
+                outputs = self._eval_outputs(state, batch, None)
+            found["traits"] = Traits(per_example, shapes(outputs))
+            return state.step
+
+        self._abstractly(run, state, batch)
+        return found["traits"]
+
+    def _abstractly(self, run: Callable[[TrainState, Batch], Any], state: TrainState, batch: Batch) -> Any:
+        shards = self._strategy.shards
+
+        def divisible(leaf: Any) -> jax.ShapeDtypeStruct:
+            shape = jnp.shape(leaf)
+            rows = (-(-shape[0] // shards) * shards, *shape[1:]) if shape else ()
+            return jax.ShapeDtypeStruct(rows, jax.dtypes.canonicalize_dtype(jnp.result_type(leaf)))
+
+        compiled = self._strategy.compile(run, inputs=(Role.STATE, Role.ROWS), outputs=Role.STATE)
         with explained_errors():
-            if self._user.eval_step is not None:
-                return Traits(True, jax.eval_shape(lambda s, b: self._eval_outputs(s, b, None), state, batch))
-            forward = self._strategy.map_forward(self._forward(train=False))
-
-            def run(state: TrainState, batch: Batch) -> Any:
-                real = _all_real(batch)
-                losses, outputs, _ = forward(state.variables, batch, real, state.step, _step_key(state))
-                _check_losses(losses, batch)
-                return losses, self._for_metrics(losses, outputs, batch, None)
-
-            losses, outputs = jax.eval_shape(run, state, batch)
-        return Traits(losses.ndim == 1, outputs)
+            return jax.eval_shape(compiled, state, jax.tree.map(divisible, batch))
 
     # Pieces ---------------------------------------------------------------------------------------------------
 
@@ -251,7 +281,9 @@ class Steps:
             (losses, outputs), updated = self._model.apply(
                 self._checked_loss, variables, rng, batch, ctx, train=train
             )
-            return losses, outputs, updated
+            # What was sown was for the loss to read back; the state carries the collections it began with.
+            carried = {name: updated[name] for name in variables if train and name in updated}
+            return losses, outputs, carried
 
         return forward
 
@@ -293,8 +325,8 @@ def explained_errors() -> Iterator[None]:
             raise
         raise ValueError(
             f"a layer of the model reduces over an axis named {match[1]!r}, e.g. nn.BatchNorm(axis_name={match[1]!r}), "
-            "and this strategy binds only 'batch'. Use axis_name='batch', or none: under strategy='jit' batch "
-            "statistics are over the whole batch already."
+            "which this strategy does not bind. Use axis_name='batch', or none: under strategy='jit' batch statistics "
+            "are over the whole batch already."
         ) from error
 
 
@@ -306,6 +338,11 @@ def with_raw_key(state: TrainState) -> TrainState:
 def with_typed_key(state: TrainState, impl: str) -> TrainState:
     """Undoes `with_raw_key`."""
     return state.replace(rng=jax.random.wrap_key_data(state.rng, impl=impl))
+
+
+def shapes(tree: PyTree) -> PyTree:
+    """Returns the shape and dtype of each array of `tree`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)
 
 
 def batch_rows(batch: Batch) -> int:
@@ -340,7 +377,8 @@ def _check_losses(losses: jax.Array, batch: Batch) -> None:
         return
     raise ValueError(
         f"loss returned losses of shape {list(losses.shape)} for a batch of {rows}; allowed are [{rows}], one per "
-        "example, and a scalar. Sum or average the other axes, e.g. losses.mean(axis=-1)."
+        "example, and a scalar. Sum or average the other axes, e.g. losses.mean(axis=-1); a loss written for ONE "
+        "example runs under strategy='vmap' and returns a scalar there."
     )
 
 

@@ -295,7 +295,7 @@ class Trainer:
         # The step takes the buffers of its state: what the user may still hold is left whole.
         state = copy_arrays(self.state) if self._shown else self._state
         assert state is not None
-        return self._strategy.replicate(state)
+        return self._strategy.lay_out(state)
 
     def _weights(self, weights: str) -> TrainState:
         if weights not in ("ema", "live"):

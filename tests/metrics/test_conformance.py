@@ -190,7 +190,9 @@ def test_merge_and_compute_keep_64_bits_on_the_host(name):
     assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(merged))
     assert not isinstance(merged.compute(), jax.Array)
     assert merged.compute().dtype in (np.float64, np.int64)
-    np.testing.assert_allclose(merged.compute(), whole.compute() * (2 if "confusion" in name else 1), rtol=1e-12)
+    np.testing.assert_allclose(
+        merged.compute(), whole.compute() * (2 if "confusion" in name else 1), rtol=1e-12
+    )
 
 
 @every_device_metric
@@ -200,11 +202,22 @@ def test_works_under_strict_dtype_promotion(name, strict_dtypes):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(merged))
 
 
+@every_device_metric
+def test_empty_can_be_donated(name):
+    step = jax.jit(lambda state, outputs: state.merge(make(name, outputs)), donate_argnums=0)
+    outputs = outputs_of(name, 8)
+    assert_same_value(step(REGISTRY[name][0].empty(), outputs), make(name, outputs))
+
+
 @every_metric
 def test_is_usable_in_a_collection_beside_clus_own(name):
-    collection = clu.metrics.Collection.create(metric=REGISTRY[name][0], loss=clu.metrics.Average.from_output("loss"))
+    collection = clu.metrics.Collection.create(
+        metric=REGISTRY[name][0], loss=clu.metrics.Average.from_output("loss")
+    )
     outputs = {"loss": np.float32(2.0), **outputs_of(name, 8)}
-    merged = collection.empty().merge(collection.single_from_model_output(**jax.tree.map(jnp.asarray, outputs)))
+    merged = collection.empty().merge(
+        collection.single_from_model_output(**jax.tree.map(jnp.asarray, outputs))
+    )
     values = merged.compute()
     assert list(values) == ["metric", "loss"]
     np.testing.assert_allclose(values["loss"], np.mean(outputs["loss"]), rtol=1e-6)

@@ -118,7 +118,9 @@ def test_perplexity_weighs_tokens_not_sequences():
     tokens = np.arange(9)[None] < draw.integers(1, 10, size=6)[:, None]
     mask = np.array([True, True, False, True, True, False])
     losses[2] = np.nan
-    metric = Perplexity.from_outputs("nll", "is_token").from_model_output(nll=losses, is_token=tokens, mask=mask)
+    metric = Perplexity.from_outputs("nll", "is_token").from_model_output(
+        nll=losses, is_token=tokens, mask=mask
+    )
     counted = losses[tokens & mask[:, None]].astype(np.float64)
     np.testing.assert_allclose(metric.compute(), np.exp(counted.mean()), rtol=1e-5)
     assert int(metric.count) == len(counted)
@@ -133,7 +135,9 @@ def test_confusion_matrix_equals_scikit_learn():
     logits, labels = classification()
     metric = ConfusionMatrix.of(6).from_model_output(logits=jnp.asarray(logits), labels=jnp.asarray(labels))
     assert metric.compute().dtype == jnp.int32
-    np.testing.assert_array_equal(metric.compute(), sklearn.metrics.confusion_matrix(labels, logits.argmax(-1)))
+    np.testing.assert_array_equal(
+        metric.compute(), sklearn.metrics.confusion_matrix(labels, logits.argmax(-1))
+    )
 
 
 def test_confusion_matrix_leaves_out_labels_outside_of_the_classes():

@@ -63,8 +63,8 @@ def check_changeable(owner: str, opt_state: PyTree, name: str) -> None:
         if name in getattr(node, "hyperparams_states", {}):
             raise ValueError(
                 f"{owner} changes {name!r}, but a schedule computes it anew at every update (in opt_state at "
-                f"{path_name(path)}), so that a change would not last. Give inject_hyperparams a number instead "
-                f"of the schedule, or leave out {owner}."
+                f"{path_name(path)}), so that a change would not last. Give inject_hyperparams a number "
+                f"instead of the schedule, or leave out {owner}."
             )
         if not jnp.issubdtype(jnp.result_type(node.hyperparams[name]), jnp.floating):
             raise ValueError(

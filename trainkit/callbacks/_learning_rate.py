@@ -35,6 +35,7 @@ class LearningRate(Callback):
         ValueError: at the start of a fit, where there is neither an injected hyperparameter nor a schedule.
 
     Example:
+        >>> import optax
         >>> schedule = optax.cosine_decay_schedule(1e-3, decay_steps=1000)
         >>> callbacks = [LearningRate(schedule=schedule)]
     """

@@ -1,11 +1,12 @@
 """`Progress`: gathers how far a fit is and shows it. Computes no metric; its look is `_progress_view`'s."""
 
 import collections
+import contextlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import jax
@@ -20,6 +21,8 @@ from trainkit.callbacks._progress_view import Bar, Lines, Report
 _LOGGER = logging.getLogger("trainkit")
 _EVERY = Every(seconds=0.5)
 _SPEED_SAMPLES = 20
+# What a terminal that went away and a closed file raise; either ends the display and not the fit.
+_LOST = (OSError, ValueError)
 
 
 class Progress(Callback):
@@ -97,7 +100,8 @@ class Progress(Callback):
         """Leaves the last picture on the screen, and the cursor as it was."""
         view, self._view, self._pending = self._view, None, {}
         if view is not None:
-            self._guard(view.close)
+            with contextlib.suppress(*_LOST):
+                view.close()
 
     def _begin(self, step: int) -> None:
         self._first_step, self._started = step, self._clock()
@@ -130,11 +134,15 @@ class Progress(Callback):
             speed=self._speed(),
             elapsed=self._clock() - self._started,
             activity=activity,
-            metrics=self._metrics,
+            metrics=dict(sorted(self._metrics.items(), key=lambda item: item[0] != "train")),
             end_of_epoch=end_of_epoch,
             final=final,
         )
-        self._guard(lambda: view.show(report))
+        try:
+            view.show(report)
+        except _LOST as error:
+            self.close()
+            _LOGGER.warning("Progress can't write any more and shows nothing from here on: %s", error)
 
     def _speed(self) -> float | None:
         """Returns updates a second of training, None while it is not known."""
@@ -142,14 +150,6 @@ class Progress(Callback):
             return None
         (step, seconds), (last_step, last_seconds) = self._samples[0], self._samples[-1]
         return (last_step - step) / (last_seconds - seconds) if last_seconds > seconds else None
-
-    def _guard(self, draw: Callable[[], None]) -> None:
-        """Draws; a terminal that went away, or a closed file, ends the display and not the fit."""
-        try:
-            draw()
-        except (OSError, ValueError) as error:
-            self._view = None
-            _LOGGER.warning("Progress can't write any more and shows nothing from here on: %s", error)
 
 
 def _is_terminal(stream: TextIO) -> bool:

@@ -83,7 +83,9 @@ class Lines:
     def show(self, report: Report) -> None:
         """Writes a line if it is time for one."""
         wait = _EPOCH_LINE_SECONDS if report.end_of_epoch else _LINE_SECONDS
-        if report.elapsed - self._last < wait and not report.final:
+        # The end of the last pass is the end of the fit, which has a line of its own.
+        last_pass = report.end_of_epoch and report.step == report.steps
+        if (last_pass or report.elapsed - self._last < wait) and not report.final:
             return
         self._last = report.elapsed
         head = [report.epoch_text, f"step {report.step_text}", report.activity or report.speed_text]
@@ -115,15 +117,19 @@ class Bar:
             redirect_stdout=sys.stdout.isatty(),
             redirect_stderr=sys.stderr.isatty(),
         )
-        self._last, self._activity = -_REDRAW_SECONDS, ""
+        self._last = self._last_activity = -_REDRAW_SECONDS
+        self._activity = ""
         self._live.start()
 
     def show(self, report: Report) -> None:
         """Draws, unless it did a moment ago: passes of a few milliseconds would spend their time on it."""
-        done = self._activity != "" and report.activity == ""
-        if report.elapsed - self._last < _REDRAW_SECONDS and not (done or report.final):
+        begins, ends = report.activity and not self._activity, self._activity and not report.activity
+        last = self._last_activity if begins else self._last
+        if report.elapsed - last < _REDRAW_SECONDS and not (ends or report.final):
             return
         self._last, self._activity = report.elapsed, report.activity
+        if begins:
+            self._last_activity = report.elapsed
         self._live.update(self._draw(report), refresh=True)
 
     def close(self) -> None:

@@ -36,6 +36,7 @@ class ReduceOnPlateau(Callback):
             hyperparameter or computes it by a schedule, or for a reason that `EarlyStopping` gives.
 
     Example:
+        >>> import optax
         >>> tx = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
         >>> plateau = ReduceOnPlateau("eval/loss", mode="min", factor=0.5, patience=3)
     """

@@ -246,7 +246,10 @@ class Accumulator:
             values gives them as `name/key`. Without examples a value is NaN.
         """
         with _host_arithmetic():
-            if collected is None or not self._collecting:
+            if not self._collecting:
+                # By the class given, whose compute() may add values of its own.
+                return _on_host(self._collection(**vars(merged)).compute())
+            if collected is None:
                 return _on_host(merged.compute())
             rows = [self.real_rows(batch) for batch in collected]
             if not any(len(array) for batch in rows for array in batch.values()):

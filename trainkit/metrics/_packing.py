@@ -133,5 +133,6 @@ class Packing:
                 continue
             words = np.ascontiguousarray(vector[start : start + spec.size])
             start += spec.size
-            leaves.append(_widened(words.view(_carrier(spec.dtype))).reshape(spec.shape))
+            leaf = words.view(_carrier(spec.dtype)).astype(spec.dtype)
+            leaves.append(_widened(leaf).reshape(spec.shape))
         return self.treedef.unflatten(leaves)

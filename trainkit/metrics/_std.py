@@ -42,8 +42,9 @@ class Std(metrics.Metric):
     @classmethod
     def empty(cls) -> Self:
         """Returns the metric of no values at all."""
-        zero = jnp.zeros((), jnp.float32)
-        return cls(count=jnp.zeros((), jnp.int32), mean=zero, m2=zero)
+        # One array in two fields could not be donated.
+        mean, m2 = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+        return cls(count=jnp.zeros((), jnp.int32), mean=mean, m2=m2)
 
     @classmethod
     def from_model_output(cls, values: jax.Array, mask: jax.Array | None = None, **_: object) -> Self:

@@ -1,9 +1,13 @@
 """From what a user passes as `strategy=` to a `Strategy`."""
 
+import inspect
+
 from trainkit.parallel._mesh import Mesh
+from trainkit.parallel._per_example import PerExample
+from trainkit.parallel._pmap import Pmap
 from trainkit.parallel._strategy import Strategy
 
-_BY_NAME = {"jit": Mesh}
+_BY_NAME = {"jit": Mesh, "vmap": PerExample, "pmap": Pmap}
 
 
 def resolve_strategy(strategy: str | Strategy) -> Strategy:
@@ -15,10 +19,11 @@ def resolve_strategy(strategy: str | Strategy) -> Strategy:
     """
     if isinstance(strategy, Strategy):
         return strategy
+    names = ", ".join(map(repr, _BY_NAME))
+    if inspect.isclass(strategy):
+        raise TypeError(f"strategy={strategy.__name__}: got the class; pass an object, {strategy.__name__}().")
     if not isinstance(strategy, str):
-        raise TypeError(
-            f"strategy={strategy!r}: expected a name ({', '.join(map(repr, _BY_NAME))}) or a Strategy."
-        )
+        raise TypeError(f"strategy={strategy!r}: expected a name ({names}) or a Strategy.")
     if strategy not in _BY_NAME:
-        raise ValueError(f"strategy={strategy!r}: the names are {', '.join(map(repr, _BY_NAME))}.")
+        raise ValueError(f"strategy={strategy!r}: the names are {names}.")
     return _BY_NAME[strategy]()

@@ -1,6 +1,7 @@
 """What the step and the loop need of a device layout. Owns no model, no metric and no order of events."""
 
 import abc
+import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,26 @@ Forward = Callable[..., tuple[Any, Any, Any]]
 """`forward(variables, batch, mask, step, rng) -> (losses, outputs, updated collections)`."""
 
 
+class Role(enum.Enum):
+    """What an argument or a result of a compiled step is to the devices."""
+
+    STATE = "state"
+    """The train state: laid out as the strategy lays out states."""
+    WHOLE = "whole"
+    """Small: whole on each device."""
+    ROWS = "rows"
+    """Leaves `[batch, ...]`: divided over the devices. 0-d leaves are whole."""
+
+
 class Strategy(abc.ABC):
     """How one step runs on the devices at hand.
 
-    A subclass answers: into how many parts a batch is divided, how host arrays get to the devices, how a
-    function over the whole batch is made from the user's loss, and how a step is compiled.
+    A subclass answers: into how many parts a batch is divided, how arrays get to the devices and back, how a
+    function over the whole batch is made from the user's loss, how sums become global, and how a step is
+    compiled. `trainkit.testing.check_strategy` proves an implementation.
     """
+
+    # Shape of the batch -------------------------------------------------------------------------------------
 
     @property
     @abc.abstractmethod
@@ -31,30 +46,67 @@ class Strategy(abc.ABC):
         """Steps after which the loop waits for the devices; None where the backend limits itself."""
 
     @abc.abstractmethod
-    def map_forward(self, forward: Forward) -> Forward:
-        """Returns a function of the same signature over the whole batch, with the batch axis bound by name."""
+    def example(self, batch: Batch) -> Batch:
+        """Returns what one call of the user's loss sees of `batch`; traced."""
+
+    # Inside a step: all traced ------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def compile(self, fn: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
-        """Returns `fn` compiled for the devices; arguments are what `place` and `replicate` return."""
+    def map_forward(self, forward: Forward) -> Forward:
+        """Returns a function of the same signature over the rows of one program, with the batch axis bound.
+
+        Its losses are `[rows]` or a scalar, its outputs `[rows, ...]`, and its collections those of one model.
+        """
+
+    @property
+    @abc.abstractmethod
+    def replica_axis(self) -> str | None:
+        """Name of the mapped axis when a step is one program per device; None when it is one for all."""
+
+    @abc.abstractmethod
+    def merge_collections(self, updated: PyTree) -> PyTree:
+        """Returns collections as every replica must hold them, from those of this one."""
+
+    def sum(self, tree: PyTree) -> PyTree:
+        """Returns sums over all replicas of what each has; `tree` itself when a step is one program."""
+        return tree if self.replica_axis is None else jax.lax.psum(tree, self.replica_axis)
+
+    # Around a step ------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def compile(
+        self,
+        fn: Callable[..., Any],
+        *,
+        inputs: tuple[Role, ...],
+        outputs: tuple[Role, ...] | Role,
+        donate: tuple[int, ...] = (),
+    ) -> Callable[..., Any]:
+        """Returns `fn` compiled for the devices.
+
+        Args:
+            fn: a pure function.
+            inputs: role of each argument.
+            outputs: role of the result, or of each part of a tuple.
+            donate: indices of the arguments whose buffers the results may take.
+        """
 
     @abc.abstractmethod
     def place(self, batch: Batch) -> Batch:
-        """Returns a host batch as the compiled step takes it, divided over the devices where it can be."""
+        """Returns a host batch as the compiled step takes it."""
 
     @abc.abstractmethod
     def replicate(self, tree: PyTree) -> PyTree:
-        """Returns `tree` as the compiled step takes what every device holds whole."""
+        """Returns `tree` whole on each device."""
 
     @abc.abstractmethod
-    def fetch(self, tree: PyTree) -> PyTree:
-        """Returns arrays of a compiled step as NumPy arrays; waits for them."""
+    def lay_out(self, state: PyTree) -> PyTree:
+        """Returns a train state as the compiled step takes it."""
 
     @abc.abstractmethod
     def describe(self) -> str:
         """Returns the layout in a few words for people, e.g. `data=8 on cpu`."""
 
-
-def to_numpy(tree: PyTree) -> PyTree:
-    """Returns the arrays of `tree` on the host; waits for them."""
-    return jax.tree.map(np.asarray, tree)
+    def fetch(self, tree: PyTree) -> PyTree:
+        """Returns arrays of a compiled step as NumPy arrays; waits for them."""
+        return jax.tree.map(np.asarray, tree)

@@ -1,0 +1,130 @@
+"""One program for all devices: what `Mesh` and `PerExample` share. Owns placement and compilation."""
+
+import abc
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from trainkit._typing import Batch, PyTree
+from trainkit.parallel._layout import BATCH_AXES, Layout, make_mesh
+from trainkit.parallel._strategy import Role, Strategy
+
+# Forced host devices deadlock when more collectives than threads are in flight.
+_STEPS_IN_FLIGHT = 32
+
+
+class Spmd(Strategy, abc.ABC):
+    """A strategy in which one program spans a mesh of devices and XLA divides the work."""
+
+    def __init__(
+        self,
+        *,
+        sizes: Mapping[str, int | None],
+        rules: Sequence[tuple[str, tuple[str | None, ...]]] = (),
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
+        if devices is not None and not devices:
+            raise ValueError("devices=[] is empty; give at least one device, or None for all local ones.")
+        for name, size in sizes.items():
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"{name}={size!r}: must be an int of at least 1.")
+        self._sizes, self._rules = dict(sizes), tuple(rules)
+        self._devices = None if devices is None else tuple(devices)
+
+    @functools.cached_property
+    def devices(self) -> tuple[jax.Device, ...]:
+        """The devices of the mesh; found at the first use, so that making a trainer touches no device."""
+        return self._devices or tuple(jax.local_devices())
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The mesh, with the axes `data`, `fsdp` and `tensor`."""
+        return make_mesh(self._sizes, self.devices)
+
+    @property
+    def shards(self) -> int:
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @property
+    def blocks_every(self) -> int | None:
+        return _STEPS_IN_FLIGHT if len(self.devices) > 1 or self.devices[0].platform != "cpu" else None
+
+    @property
+    def replica_axis(self) -> str | None:
+        return None
+
+    def merge_collections(self, updated: PyTree) -> PyTree:
+        return updated
+
+    def compile(
+        self,
+        fn: Callable[..., Any],
+        *,
+        inputs: tuple[Role, ...],
+        outputs: tuple[Role, ...] | Role,
+        donate: tuple[int, ...] = (),
+    ) -> Callable[..., Any]:
+        if self._is_default_device:
+            return jax.jit(fn, donate_argnums=donate)
+
+        @functools.wraps(fn)
+        def laid_out(*args: Any) -> Any:
+            results = fn(*args)
+            if isinstance(outputs, Role):
+                return self._constrain(outputs, results)
+            return tuple(self._constrain(role, part) for role, part in zip(outputs, results, strict=True))
+
+        return jax.jit(laid_out, donate_argnums=donate)
+
+    def place(self, batch: Batch) -> Batch:
+        # On the default device the call itself takes NumPy arrays in less time than device_put does.
+        if self._is_default_device:
+            return batch
+        return jax.device_put(batch, jax.tree.map(self._rows_sharding, batch))
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        return jax.device_put(tree) if self._is_default_device else jax.device_put(tree, self._whole)
+
+    def lay_out(self, state: PyTree) -> PyTree:
+        if self._is_default_device:
+            return jax.device_put(state)
+        self._layout.check_rules(state.params)
+        return jax.device_put(state, self._layout.shardings(state))
+
+    def describe(self) -> str:
+        axes = ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items() if size > 1 or name == "data")
+        return f"{axes} on {self.devices[0].platform}"
+
+    def _constrain(self, role: Role, tree: PyTree) -> PyTree:
+        if role is Role.ROWS:
+            shardings = jax.tree.map(self._rows_sharding, tree)
+        elif role is Role.STATE:
+            shardings = self._layout.shardings(tree)
+        else:
+            shardings = self._whole
+        return jax.lax.with_sharding_constraint(tree, shardings)
+
+    @functools.cached_property
+    def _layout(self) -> Layout:
+        return Layout(self.mesh, self._rules)
+
+    @functools.cached_property
+    def _whole(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @functools.cached_property
+    def _divided(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+
+    @functools.cached_property
+    def _is_default_device(self) -> bool:
+        return len(self.devices) == 1 and self.devices[0] == jax.local_devices()[0]
+
+    def _rows_sharding(self, leaf: Any) -> NamedSharding:
+        # What does not divide is held whole by each device: the same numbers, at the price of the division.
+        shape = np.shape(leaf)
+        return self._divided if shape and shape[0] % self.shards == 0 else self._whole
