@@ -15,6 +15,8 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown"}
+# Docstrings write code in single backticks, as Markdown does.
+default_role = "code"
 html_theme = "furo"
 html_title = f"trainkit {release}"
 

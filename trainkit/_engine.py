@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import clu.metrics
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +24,15 @@ from trainkit.parallel._strategy import Role, Strategy
 def key_impl(state: TrainState) -> str:
     """Returns the name of the generator behind the key of `state`."""
     return str(jax.random.key_impl(state.rng))
+
+
+def _with_loss_scale(collection: type[clu.metrics.Collection]) -> type[clu.metrics.Collection]:
+    """Returns `collection` with the loss scale and the share of skipped updates, for training in float16."""
+    extra = {
+        "loss_scale": clu.metrics.LastValue.from_output("loss_scale"),
+        "skipped_updates": clu.metrics.Average.from_output("skipped_updates"),
+    }
+    return flax.struct.dataclass(type(collection.__name__, (collection,), {"__annotations__": extra}))
 
 
 class Prepared(NamedTuple):
@@ -44,8 +54,12 @@ class Prepared(NamedTuple):
 class Engine:
     """Compiles the pure steps under a strategy."""
 
-    def __init__(self, steps: Steps, strategy: Strategy, collection: type[clu.metrics.Collection]) -> None:
-        self.steps, self.strategy, self.collection = steps, strategy, collection
+    def __init__(
+        self, steps: Steps, strategy: Strategy, collection: type[clu.metrics.Collection], *, scaled: bool
+    ) -> None:
+        self.steps, self.strategy = steps, strategy
+        self._collections = {"training": _with_loss_scale(collection) if scaled else collection}
+        self._collections["evaluation"] = collection
         self._prepared: dict[tuple[str, ...], tuple[Callable[..., Any], Accumulator, PyTree]] = {}
 
     def init(self, seed: int, batch: Batch) -> TrainState:
@@ -83,10 +97,11 @@ class Engine:
     def prepare_eval(self, state: TrainState, source: Source, first: Batch) -> Prepared:
         """Returns the evaluation step for `source`, as `prepare_train`."""
         check_batch(first)
+        rows = batch_size_of(first)
         traits = self.steps.inspect_eval(state, first)
         feed = Feed(
             self.strategy,
-            rows=batch_size_of(first),
+            rows=rows,
             may_be_partial=source.may_be_partial,
             exact=traits.per_example,
             what="evaluation",
@@ -145,7 +160,7 @@ class Engine:
         impl = key_impl(state)
         key = (kind, impl, repr(signature(traits.outputs)))
         if key not in self._prepared:
-            accumulator = Accumulator(self.collection)
+            accumulator = Accumulator(self._collections[kind])
             accumulator.specify(**traits.outputs)
             run = compiled(functools.partial(step, accumulator, impl))
             self._prepared[key] = run, accumulator, self.strategy.replicate(accumulator.empty())

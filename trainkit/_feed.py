@@ -21,11 +21,13 @@ class Fed(NamedTuple):
         batch: leaves `[rows, ...]`.
         mask: `bool[rows]`, None when every row is real and none ever pads.
         real: number of real rows.
+        batches: host batches in it: several, in a tuple, where gradients are accumulated.
     """
 
     batch: Batch
     mask: Any
     real: int
+    batches: int = 1
 
 
 class Feed:
@@ -67,6 +69,13 @@ class Feed:
         rows = max(self._rows, self._round_up(real))
         place: Callable[[Any], Any] = self._strategy.place
         return Fed(place(pad(batch, rows)), place(mask(rows, real)), real)
+
+    def place_group(self, group: tuple[Batch, ...]) -> Fed:
+        """Returns the batches of one update on the devices, as tuples."""
+        fed = [self.place(batch) for batch in group]
+        return Fed(
+            tuple(one.batch for one in fed), tuple(one.mask for one in fed), sum(one.real for one in fed), len(fed)
+        )
 
     def _round_up(self, rows: int) -> int:
         shards = self._strategy.shards

@@ -29,6 +29,7 @@ from trainkit._when import NEVER, Cadence, Every
 from trainkit._windows import NO_METRICS, Reader, TrainMetrics
 from trainkit.callbacks._callback import Callback, Stop, Update
 from trainkit.callbacks._info import Info, Plan
+from trainkit.data._batch import check_batch
 from trainkit.data._source import Source
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.writers._attributed import Attributed, Ledger
@@ -61,6 +62,7 @@ class Request:
     steps: int | None
     evaluations: Mapping[str, Source]
     eval_every: Cadence | None
+    accumulate: int
     callbacks: tuple[Callback, ...]
     logdir: pathlib.Path | None
 
@@ -120,9 +122,11 @@ class Loop:
         except BaseException as exc:
             error = exc
             self._dispatch.exception(exc)
-        errors = self._dispatch.close()
-        if error is not None or errors:
-            raise error or errors[0]
+        errors = [*([] if error is None else [error]), *self._dispatch.close()]
+        if errors:
+            for other in errors[1:]:
+                errors[0].add_note(f"close of a callback raised as well: {other!r}")
+            raise errors[0]
         return FitResult(
             state=self.state,
             step=int(self._raw.step),
@@ -137,8 +141,12 @@ class Loop:
         first_epoch = self.progress.epoch - (1 if self.progress.batch else 0)
         last_epoch = None if request.epochs is None else first_epoch + request.epochs
         steps = self._step + request.steps if request.steps is not None else None
-        if request.epochs is not None and per_epoch is not None:
-            steps = self._step + request.epochs * per_epoch - self.progress.batch
+        if per_epoch is not None:
+            # The pass begun first, then whole ones; a tail shorter than `accumulate` is one update.
+            left = -(-(per_epoch - self.progress.batch) // request.accumulate)
+            per_epoch = -(-per_epoch // request.accumulate)
+            if request.epochs is not None:
+                steps = self._step + left + (request.epochs - 1) * per_epoch
         return Plan(self._step, steps, last_epoch, per_epoch, tuple(request.evaluations))
 
     def _make_chores(self) -> list["_Chore"]:
@@ -159,16 +167,23 @@ class Loop:
     # One pass over the data -----------------------------------------------------------------------------------
 
     def _epoch(self) -> None:
-        if self.progress.batch == 0:
+        begins, first_step = self.progress.batch == 0, self._step
+        if begins:
             self.progress.epoch += 1
-        batches = self._open_pass()
-        self._dispatch.call("on_epoch_start")
-        self._epoch_reader.take()
-        self._run_pass(batches)
-        self._metrics.cut()
-        self._epoch_metrics = self._epoch_reader.take()
-        self._dispatch.call("on_epoch_end")
-        self._epoch_metrics = NO_METRICS
+        try:
+            batches = self._open_pass()
+            self._dispatch.call("on_epoch_start")
+            self._epoch_reader.take()
+            if self.stopped_by is None:
+                self._run_pass(batches)
+            self._metrics.cut()
+            self._epoch_metrics = self._epoch_reader.take()
+            self._dispatch.call("on_epoch_end")
+            self._epoch_metrics = NO_METRICS
+        finally:
+            # Broken off before its first step, a pass was not begun: the next fit goes on with it.
+            if begins and self._step == first_step:
+                self.progress.epoch -= 1
 
     def _open_pass(self) -> Iterator[Batch]:
         batches, self._batches = self._batches, None
@@ -177,7 +192,10 @@ class Loop:
         return batches
 
     def _run_pass(self, batches: Iterator[Batch]) -> None:
-        place, step, metrics = self._prepared.feed.place, self._prepared.step, self._metrics
+        feed, step, metrics = self._prepared.feed, self._prepared.step, self._metrics
+        place = feed.place
+        if self._request.accumulate > 1:
+            batches, place = _grouped(batches, self._request.accumulate), feed.place_group
         timed = self._steppers.timed or self._evaluations.timed
         batch = next(batches, _END)
         if batch is _END:
@@ -187,10 +205,14 @@ class Loop:
             )
         due = self._due()
         while batch is not _END:
-            fed = place(batch)
-            self._raw, metrics.packed = step(self._raw, metrics.packed, fed.batch, fed.mask)
+            try:
+                fed = place(batch)
+                self._raw, metrics.packed = step(self._raw, metrics.packed, fed.batch, fed.mask)
+            except TypeError:
+                check_batch(batch)  # names the leaf that no step can take, where that was the reason
+                raise
             self._step += 1
-            self.progress.batch += 1
+            self.progress.batch += fed.batches
             # Looking one batch ahead tells whether this was the last step of the pass, and overlaps the step.
             batch = next(batches, _END)
             if self._step >= due or batch is _END or timed:
@@ -272,6 +294,11 @@ class Loop:
         # Own buffers, strong types, the layout of the state: the next step donates them and must not compile anew.
         own = jax.tree.map(_own, new, old)
         self._raw = with_raw_key(self._engine.strategy.lay_out(own))
+
+
+def _grouped(batches: Iterator[Batch], size: int) -> Iterator[tuple[Batch, ...]]:
+    while group := tuple(itertools.islice(batches, size)):
+        yield group
 
 
 def _own(new: Any, old: Any) -> Any:

@@ -13,6 +13,7 @@ import flax
 import flax.linen as nn
 import jax
 
+from trainkit._precision import Precision
 from trainkit._typing import Variables
 
 ScopedFunction = Callable[..., Any]
@@ -50,19 +51,20 @@ class LinenModel(Model):
 
     Args:
         module: an unbound `flax.linen.Module`.
+        precision: the dtypes in which it computes and returns.
 
     Raises:
         TypeError: it is no such module, or the class instead of an object.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, precision: Precision) -> None:
         if inspect.isclass(module) and issubclass(module, nn.Module):
             raise TypeError(
                 f"model={module.__name__}: got the class; pass an object, {module.__name__}(...)."
             )
         if not isinstance(module, nn.Module):
             raise TypeError(f"model: expected a flax.linen.Module, got {type(module).__name__}.")
-        self.module = module
+        self.module, self._precision = module, precision
         self.apply_fn = module.apply
 
     def init(self, fn: ScopedFunction, rng: jax.Array, *args: Any) -> dict[str, Any]:
@@ -74,7 +76,31 @@ class LinenModel(Model):
     ) -> tuple[Any, dict[str, Any]]:
         # In evaluation the state stays as it is, but what the loss reads back from `sow` must still be there.
         fixed = ("params",) if train else tuple(variables)
-        result, updated = nn.apply(fn, self.module, mutable=flax.core.DenyList(fixed))(
-            variables, *args, rngs=rng
-        )
+        run = nn.apply(fn, self.module, mutable=flax.core.DenyList(fixed))
+        if not self._precision.is_mixed:
+            result, updated = run(variables, *args, rngs=rng)
+            return result, dict(updated)
+        variables = {**variables, "params": self._precision.to_compute(variables["params"])}
+        with nn.intercept_methods(_CastCalls(self._precision)):
+            result, updated = run(variables, *args, rngs=rng)
         return result, dict(updated)
+
+
+class _CastCalls:
+    """Casts what goes into and comes out of the module's own methods, called from the loss; not within them."""
+
+    def __init__(self, precision: Precision) -> None:
+        self._precision = precision
+        self._inside = False
+
+    def __call__(
+        self, method: ScopedFunction, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
+    ) -> Any:
+        if self._inside or context.module.path or context.method_name == "setup":
+            return method(*args, **kwargs)
+        self._inside = True
+        try:
+            args, kwargs = self._precision.to_compute((args, kwargs))
+            return self._precision.to_output(method(*args, **kwargs))
+        finally:
+            self._inside = False

@@ -29,9 +29,9 @@ def open_writers(
     opened = [] if logdir is None else [open_writer(logdir)]
     # The user's writers stay open for the next fit; they are only handed what this one writes.
     fan_out = MultiWriter(HistoryWriter(history), *opened, *own)
-    try:
-        yield fan_out
-    finally:
-        fan_out.flush()
+    with contextlib.ExitStack() as stack:
+        # A stack, since an interrupt or a warning made an error in one must not leave the others open.
         for writer in opened:
-            writer.close()
+            stack.callback(writer.close)
+        stack.callback(fan_out.flush)
+        yield fan_out

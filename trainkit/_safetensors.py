@@ -79,7 +79,7 @@ def _digest(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> st
     index = [[name, arrays[name].dtype.name, list(arrays[name].shape)] for name in names]
     digest = hashlib.sha256(json.dumps([index, dict(metadata)], sort_keys=True).encode())
     for name in names:
-        digest.update(np.asarray(arrays[name], order="C").reshape(-1).view(np.uint8))
+        digest.update(np.asarray(arrays[name], order="C").reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -33,7 +33,7 @@ class Packed(NamedTuple):
     """A tree as files hold it.
 
     Attributes:
-        arrays: the leaves by path, on the host; of typed keys their `uint32` data.
+        arrays: the leaves by path in tree order, on the host; of typed keys their `uint32` data.
         impls: the generator of each leaf that is typed keys, by path.
     """
 
@@ -139,8 +139,9 @@ def pack(tree: PyTree) -> Packed:
     raw = {name: jax.random.key_data(leaf) if name in impls else leaf for name, leaf in leaves}
     for name, leaf in raw.items():
         _check_leaf(name, leaf)
-    # One call, so that the copies from the devices overlap.
-    return Packed({name: _native(leaf) for name, leaf in jax.device_get(raw).items()}, impls)
+    # One call, so that the copies from the devices overlap; of a list, because a dict would come back sorted.
+    host = jax.device_get(list(raw.values()))
+    return Packed({name: _native(leaf) for name, leaf in zip(raw, host, strict=True)}, impls)
 
 
 def unpack(packed: Packed) -> dict[str, Any]:
@@ -203,7 +204,7 @@ def _from_msgpack(content: bytes) -> Packed:
         raise ValueError(f"it has {len(payload)} bytes of content, and {length} were written")
     if (found := hashlib.sha256(payload).digest()) != digest:
         raise ValueError(f"its sha256 is {found.hex()[:16]}..., and {digest.hex()[:16]}... was written")
-    stored = flax.serialization.msgpack_restore(payload)
+    stored: Any = flax.serialization.msgpack_restore(payload)
     # Views of the payload are read-only, and the caller owns what it gets.
     return Packed({name: np.array(leaf) for name, leaf in named_leaves(stored["tree"])}, stored["keys"])
 

@@ -84,14 +84,21 @@ class TrainState(flax.training.train_state.TrainState, kw_only=True):
         """Returns a state from what `model.init` returned, splitting `params` from the other collections.
 
         Raises:
+            TypeError: `variables` is no mapping.
             ValueError: there is no `params` collection in `variables`.
         """
+        if not isinstance(variables, Mapping):
+            raise TypeError(
+                f"variables is of type {type(variables).__name__}; expected a mapping of collections, "
+                "{'params': ..., ...}, as model.init returns it."
+            )
         if "params" not in variables:
             raise ValueError(
                 f"variables has the collections {sorted(variables)} and no 'params'. "
                 "Pass what model.init returned; a model without parameters cannot be trained."
             )
-        params, batch_stats, collections = _split(variables)
+        # Flax returns plain dicts from apply: a FrozenDict would change the structure at the first step.
+        params, batch_stats, collections = _split(flax.core.unfreeze(variables))
         return cls.create(
             apply_fn=apply_fn,
             params=params,

@@ -1,26 +1,26 @@
 """The pure steps: initialise, train, evaluate, predict. Runs the hooks; owns no loop and no device layout."""
 
-import contextlib
 import dataclasses
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from trainkit._checks import check_loss_result, check_losses, check_outputs, check_step_result, explained_errors
 from trainkit._context import StepContext
 from trainkit._model import Model
+from trainkit._precision import Precision
 from trainkit._state import TrainState
 from trainkit._trace import TraceLog
-from trainkit._tree import describe, differences, path_name, signature
+from trainkit._tree import differences, signature
 from trainkit._typing import Batch, Outputs, PyTree
 from trainkit.hooks._hook import StepHook, StepValues, init_hooks, update_hooks
+from trainkit.hooks._loss_scale import NAME as LOSS_SCALE
+from trainkit.hooks._loss_scale import LossScale, adjusted, all_finite, loss_scale_hook
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.parallel._strategy import Role, Strategy
-
-_RESERVED = ("loss", "mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +46,44 @@ class Traits(NamedTuple):
     outputs: dict[str, Any]
 
 
-class Gradients(NamedTuple):
-    """Result of one pass forward and back."""
+class Pass(NamedTuple):
+    """One pass forward and back over one batch of a step.
+
+    Attributes:
+        loss: `float32[]`, its share of the mean loss over the real examples of the step.
+        losses: `[batch]` or a scalar.
+        outputs: of the loss.
+        updated: the collections it changed.
+        grads: of `loss`.
+    """
 
     loss: jax.Array
     losses: jax.Array
     outputs: dict[str, Any]
     updated: dict[str, Any]
     grads: PyTree
+
+
+class Updated(NamedTuple):
+    """One optimizer update.
+
+    Attributes:
+        state: after it.
+        loss: `float32[]`, mean over the real examples.
+        grads: of `loss`; None where `train_step` is overridden.
+        outputs: for the metrics, one mapping per batch of the step.
+        per_example: whether the losses come one per example.
+    """
+
+    state: TrainState
+    loss: jax.Array
+    grads: PyTree
+    outputs: list[dict[str, Any]]
+    per_example: bool
+
+
+Parts = tuple[tuple[Batch, jax.Array | None], ...]
+"""The batches of one step with their masks: several where gradients are accumulated."""
 
 
 class Steps:
@@ -67,8 +97,13 @@ class Steps:
         strategy: Strategy,
         hooks: tuple[StepHook, ...],
         user: UserFunctions,
+        precision: Precision,
+        accumulate: int,
+        remat: bool | Callable[..., bool],
     ) -> None:
-        self._model, self._tx, self._strategy, self._hooks, self._user = model, tx, strategy, hooks, user
+        self._model, self._tx, self._strategy, self._user = model, tx, strategy, user
+        self._hooks = (loss_scale_hook(), *hooks) if precision.scaled else hooks
+        self._precision, self._accumulate, self._remat = precision, accumulate, remat
         self.traces = TraceLog()
 
     # Initialisation -------------------------------------------------------------------------------------------
@@ -103,71 +138,97 @@ class Steps:
             impl: of the key in `state`.
             state: donated; its key is raw, see `with_raw_key`.
             packed: what `accumulator` carries.
-            batch: leaves `[batch, ...]`.
-            mask: `bool[batch]`, None when every row is real.
+            batch: leaves `[batch, ...]`; a tuple of batches where gradients are accumulated.
+            mask: `bool[batch]`, None when every row is real; as `batch` a tuple.
 
         Returns:
             The next state and the next `packed`.
         """
         self.traces.record("training", {"state": state, "batch": batch, "mask": mask})
-        state = with_typed_key(state, impl)
-        if self._user.train_step is None:
-            new_state, gradients, outputs = self._update(state, batch, mask)
-            loss, grads = gradients.loss, gradients.grads
-        else:
-            new_state, outputs = self._custom_update(state, batch)
-            loss, grads = jnp.mean(jnp.asarray(outputs.get("loss", jnp.nan))), None
-        new_state = update_hooks(self._hooks, StepValues(new_state, loss, grads))
-        return with_raw_key(new_state), self._accumulate(accumulator, packed, outputs)
+        parts = ((batch, mask),) if self._accumulate == 1 else tuple(zip(batch, mask or (), strict=True))
+        done = self._step(with_typed_key(state, impl), parts)
+        new_state = update_hooks(self._hooks, StepValues(done.state, done.loss, done.grads))
+        for outputs in done.outputs:
+            packed = self._merge_metrics(accumulator, packed, outputs)
+        return with_raw_key(new_state), packed
 
     def default_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """What `Trainer.train_step` does unless it is overridden: every row of `batch` is real."""
-        new_state, _, outputs = self._update(state, batch, None)
-        return new_state, outputs
+        done = self._update(state, ((batch, None),))
+        return done.state, done.outputs[0]
 
-    def _update(
-        self, state: TrainState, batch: Batch, mask: jax.Array | None
-    ) -> tuple[TrainState, Gradients, dict[str, Any]]:
-        gradients = self._gradients(state, batch, mask)
-        new_state = state.apply_gradients(grads=gradients.grads, model_state=gradients.updated)
-        return new_state, gradients, self._for_metrics(gradients.losses, gradients.outputs, batch, mask)
-
-    def _custom_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        assert self._user.train_step is not None
-        result = self._user.train_step(state, batch)
-        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], TrainState)):
-            raise TypeError(
-                f"train_step returned {_kind(result)}; it must return (state, outputs): the new TrainState and "
-                "a mapping for the metrics, e.g. return state.apply_gradients(grads=grads), {'loss': loss}."
-            )
-        new_state, outputs = result
-        _check_outputs("train_step", outputs)
+    def _step(self, state: TrainState, parts: Parts) -> Updated:
+        if self._user.train_step is None:
+            return self._update(state, parts)
+        ((batch, _),) = parts
+        new_state, outputs = check_step_result(self._user.train_step(state, batch))
+        loss = jnp.mean(jnp.asarray(outputs.get("loss", jnp.nan)))
         # One call is one step of every log and cadence, however many optimizers moved in it.
-        return new_state.replace(step=state.step + 1), {"mask": _all_real(batch), **outputs}
+        new_state = new_state.replace(step=state.step + 1)
+        return Updated(new_state, loss, None, [{"mask": _all_real(batch), **outputs}], per_example=False)
 
-    def _gradients(self, state: TrainState, batch: Batch, mask: jax.Array | None) -> Gradients:
+    def _update(self, state: TrainState, parts: Parts) -> Updated:
+        examples = self._examples(parts)
+        model_state, loss, grads, outputs, losses = state.model_state, None, None, [], None
+        for index, (batch, mask) in enumerate(parts):
+            key = _step_key(state) if self._accumulate == 1 else jax.random.fold_in(_step_key(state), index)
+            one = self._pass(state, model_state, batch, mask, key, examples)
+            model_state = {**model_state, **one.updated}
+            so_far = (one.loss, one.grads)
+            loss, grads = so_far if grads is None else jax.tree.map(jnp.add, (loss, grads), so_far)
+            outputs.append(self._for_metrics(one.losses, one.outputs, batch, mask))
+            losses = one.losses
+        assert loss is not None and losses is not None
+        loss, grads = self._strategy.sum((loss, grads))
+        return self._apply(state, Updated(state, loss, grads, outputs, losses.ndim == 1), model_state)
+
+    def _apply(self, state: TrainState, done: Updated, model_state: dict[str, Any]) -> Updated:
+        merged = self._strategy.merge_collections(model_state)
+        if not self._precision.scaled:
+            return done._replace(state=state.apply_gradients(grads=done.grads, model_state=merged))
+        memory: LossScale = state.hooks[LOSS_SCALE]
+        grads = jax.tree.map(lambda grad: grad / memory.scale.astype(grad.dtype), done.grads)
+        finite = all_finite(grads)
+        new_state = state.apply_gradients(grads=grads, model_state=merged)
+        kept = state.replace(step=new_state.step)
+        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, kept)
+        new_state = new_state.replace(hooks={**state.hooks, LOSS_SCALE: adjusted(memory, finite)})
+        seen = {"loss_scale": memory.scale, "skipped_updates": (~finite).astype(jnp.float32)}
+        return done._replace(state=new_state, grads=grads, outputs=[{**one, **seen} for one in done.outputs])
+
+    def _pass(
+        self,
+        state: TrainState,
+        model_state: dict[str, Any],
+        batch: Batch,
+        mask: jax.Array | None,
+        rng: jax.Array,
+        examples: jax.Array | None,
+    ) -> Pass:
         forward = self._strategy.map_forward(self._forward(train=True))
-        rng = _step_key(state)
+        if self._remat:
+            policy = self._remat if callable(self._remat) else None
+            forward = jax.checkpoint(forward, policy=policy)
+        scale = state.hooks[LOSS_SCALE].scale if self._precision.scaled else None
 
         def objective(params: PyTree) -> tuple[jax.Array, tuple[Any, ...]]:
-            variables = {**state.model_state, "params": params}
+            variables = {**model_state, "params": params}
             losses, outputs, updated = forward(variables, batch, _or_all_real(mask, batch), state.step, rng)
-            _check_losses(losses, batch)
-            return self._share(losses, mask, batch), (losses, outputs, updated)
+            check_losses(losses, batch_rows(batch))
+            loss = _share(losses, mask, batch, examples)
+            return loss if scale is None else loss * scale, (loss, losses, outputs, updated)
 
-        (loss, (losses, outputs, updated)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-        loss, grads = self._strategy.sum((loss, grads))
-        return Gradients(loss, losses, outputs, self._strategy.merge_collections(updated), grads)
+        grads, (loss, losses, outputs, updated) = jax.grad(objective, has_aux=True)(state.params)
+        return Pass(loss, losses, outputs, updated, grads)
 
-    def _share(self, losses: jax.Array, mask: jax.Array | None, batch: Batch) -> jax.Array:
-        """Returns this program's share of the mean loss over the real examples: the mean itself when it is alone."""
-        if self._strategy.replica_axis is None:
-            return _mean(losses, mask)
-        count = jnp.asarray(batch_rows(batch)) if mask is None or losses.ndim == 0 else mask.sum()
-        total = losses * count if losses.ndim == 0 else jnp.where(_or_all_real(mask, batch), losses, 0).sum()
-        return total / jnp.maximum(self._strategy.sum(count), 1).astype(losses.dtype)
+    def _examples(self, parts: Parts) -> jax.Array | None:
+        """Returns the real examples of the whole step, None where it is one batch of one program."""
+        if len(parts) == 1 and self._strategy.replica_axis is None:
+            return None
+        counts = [jnp.asarray(batch_rows(batch)) if mask is None else mask.sum() for batch, mask in parts]
+        return jnp.maximum(self._strategy.sum(sum(counts)), 1)
 
-    def _accumulate(self, accumulator: Accumulator, packed: Any, outputs: Outputs) -> Any:
+    def _merge_metrics(self, accumulator: Accumulator, packed: Any, outputs: Outputs) -> Any:
         return accumulator.update(packed, axis_name=self._strategy.replica_axis, **outputs)
 
     # Evaluation and prediction --------------------------------------------------------------------------------
@@ -183,7 +244,7 @@ class Steps:
         self.traces.record("evaluation", {"state": state, "batch": batch, "mask": mask})
         packed, counted = carry
         outputs = self._eval_outputs(with_typed_key(state, impl), batch, mask)
-        packed = self._accumulate(accumulator, packed, outputs)
+        packed = self._merge_metrics(accumulator, packed, outputs)
         counted = counted + self._strategy.sum(_or_all_real(mask, batch).sum(dtype=jnp.int32))
         return (packed, counted), accumulator.collect(**outputs)
 
@@ -197,7 +258,7 @@ class Steps:
         forward = self._strategy.map_forward(self._forward(train=False))
         real = _or_all_real(mask, batch)
         losses, outputs, _ = forward(state.variables, batch, real, state.step, _step_key(state))
-        _check_losses(losses, batch)
+        check_losses(losses, batch_rows(batch))
         return losses, self._for_metrics(losses, outputs, batch, mask)
 
     def predict(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
@@ -217,7 +278,7 @@ class Steps:
         if self._user.eval_step is None:
             return self.default_eval(state, batch, mask)
         outputs = self._user.eval_step(state, batch)
-        _check_outputs("eval_step", outputs)
+        check_outputs("eval_step", outputs)
         return {**outputs, "mask": _or_all_real(mask, batch)}
 
     # Looking before compiling ---------------------------------------------------------------------------------
@@ -227,22 +288,26 @@ class Steps:
         found: dict[str, Any] = {}
 
         def run(state: TrainState, batch: Batch) -> TrainState:
-            if self._user.train_step is None:
-                new_state, gradients, outputs = self._update(state, batch, None)
-                found["traits"] = Traits(gradients.losses.ndim == 1, shapes(outputs))
-            else:
-                new_state, outputs = self._custom_update(state, batch)
-                found["traits"] = Traits(False, shapes(outputs))
-            return new_state
+            done = self._step(state, ((batch, None),))
+            found["traits"] = Traits(done.per_example, shapes(done.outputs[0]))
+            return done.state
 
         new_state = self._abstractly(run, state, batch)
         changed = differences(signature(state), signature(new_state))
-        if changed and self._user.train_step is not None:
+        if changed and self._user.train_step is not None and not self._settles(run, state, new_state, batch):
             raise ValueError(
                 "train_step returned a state of another structure than it was given: "
                 f"{'; '.join(changed)}. Return state.replace(...) or state.apply_gradients(...) of the same fields."
             )
         return found["traits"]
+
+    def _settles(self, run: Callable[..., Any], old: TrainState, new: TrainState, batch: Batch) -> bool:
+        """Says whether the step from `old` to `new` changed shapes of the model's state only, and just this once."""
+        if jax.tree.structure(old) != jax.tree.structure(new):
+            return False
+        if signature(old.replace_model_state(new.model_state)) != signature(new):
+            return False
+        return signature(self._abstractly(run, new, batch)) == signature(new)
 
     def inspect_eval(self, state: TrainState, batch: Batch) -> Traits:
         """Runs the evaluation step abstractly, as `inspect_train`."""
@@ -288,23 +353,7 @@ class Steps:
         return forward
 
     def _checked_loss(self, module: Any, batch: Batch, ctx: StepContext) -> tuple[jax.Array, dict[str, Any]]:
-        result = self._user.loss(module, batch, ctx)
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(
-                f"loss returned {_kind(result)}; it must return (losses, outputs): one loss per example, shape "
-                "[batch], or a scalar, and a mapping for the metrics, e.g. return losses, {'logits': logits}."
-            )
-        losses, outputs = jnp.asarray(result[0]), result[1]
-        if not jnp.issubdtype(losses.dtype, jnp.floating):
-            raise TypeError(f"loss returned losses of dtype {losses.dtype}; gradients need a float dtype.")
-        _check_outputs("loss", outputs)
-        taken = [name for name in _RESERVED if name in outputs]
-        if taken:
-            raise ValueError(
-                f"loss returned outputs named {taken}; trainkit adds loss and mask itself. Rename yours, "
-                "e.g. 'token_mask'."
-            )
-        return losses, dict(outputs)
+        return check_loss_result(self._user.loss(module, batch, ctx))
 
     def _for_metrics(
         self, losses: jax.Array, outputs: Outputs, batch: Batch, mask: jax.Array | None
@@ -312,22 +361,6 @@ class Steps:
         # A scalar loss counts once per example, so that means over batches of unequal size are exact.
         rows = jnp.broadcast_to(losses, (batch_rows(batch),)) if losses.ndim == 0 else losses
         return {**outputs, "loss": rows, "mask": _or_all_real(mask, batch)}
-
-
-@contextlib.contextmanager
-def explained_errors() -> Iterator[None]:
-    """Turns errors of the libraries below that mean a known mistake into ones that name the cure."""
-    try:
-        yield
-    except NameError as error:
-        match = re.search(r"unbound axis name: (\w+)", str(error))
-        if match is None:
-            raise
-        raise ValueError(
-            f"a layer of the model reduces over an axis named {match[1]!r}, e.g. nn.BatchNorm(axis_name={match[1]!r}), "
-            "which this strategy does not bind. Use axis_name='batch', or none: under strategy='jit' batch statistics "
-            "are over the whole batch already."
-        ) from error
 
 
 def with_raw_key(state: TrainState) -> TrainState:
@@ -363,7 +396,14 @@ def _or_all_real(mask: jax.Array | None, batch: Batch) -> jax.Array:
     return _all_real(batch) if mask is None else mask
 
 
-def _mean(losses: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _share(
+    losses: jax.Array, mask: jax.Array | None, batch: Batch, examples: jax.Array | None
+) -> jax.Array:
+    """Returns the share of these losses in the mean over `examples`; the mean itself where that is None."""
+    if examples is not None:
+        count = batch_rows(batch) if losses.ndim == 0 else 1
+        kept = losses if mask is None or losses.ndim == 0 else jnp.where(mask, losses, 0)
+        return kept.sum() * count / examples.astype(losses.dtype)
     if losses.ndim == 0:
         return losses
     if mask is None:
@@ -371,30 +411,4 @@ def _mean(losses: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jnp.where(mask, losses, 0).sum() / jnp.maximum(mask.sum(), 1).astype(losses.dtype)
 
 
-def _check_losses(losses: jax.Array, batch: Batch) -> None:
-    rows = batch_rows(batch)
-    if losses.ndim == 0 or losses.shape == (rows,):
-        return
-    raise ValueError(
-        f"loss returned losses of shape {list(losses.shape)} for a batch of {rows}; allowed are [{rows}], one per "
-        "example, and a scalar. Sum or average the other axes, e.g. losses.mean(axis=-1); a loss written for ONE "
-        "example runs under strategy='vmap' and returns a scalar there."
-    )
 
-
-def _check_outputs(method: str, outputs: object) -> None:
-    if not isinstance(outputs, Mapping):
-        raise TypeError(
-            f"{method} returned outputs of type {_kind(outputs)}; it must be a mapping of names to arrays."
-        )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(outputs)):
-        if not hasattr(leaf, "shape") and not isinstance(leaf, (int, float)):
-            raise TypeError(
-                f"{method} returned the output {path_name(path)} of type {_kind(leaf)}; outputs must be arrays."
-            )
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"a tuple of {len(value)}"
-    return describe(value)

@@ -4,8 +4,7 @@ import functools
 import inspect
 import itertools
 import os
-import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, final
 
 import clu.metrics
@@ -20,6 +19,7 @@ from trainkit._history import History
 from trainkit._loop import Loop, Progress, Request
 from trainkit._model import LinenModel
 from trainkit._overview import overview
+from trainkit._precision import resolve_precision
 from trainkit._recording import open_writers
 from trainkit._result import FitResult
 from trainkit._state import TrainState
@@ -33,6 +33,7 @@ from trainkit.data._source import Source, as_source
 from trainkit.metrics._accumulator import LossMetrics
 from trainkit.parallel._resolve import resolve_strategy
 from trainkit.parallel._strategy import Strategy
+from trainkit.writers._logdir import local_folder
 from trainkit.writers._writer import MetricWriter
 
 _OVERRIDABLE = ("loss", "metrics", "train_step", "eval_step", "predict_step", "init_variables")
@@ -50,12 +51,17 @@ class Trainer:
         callbacks: objects, in the order in which they run within a phase.
         strategy: how a step runs on the devices: `"jit"` (all local devices) or a `tk.parallel` object.
         seed: int, of the initialisation and of every random number of the run.
+        precision: `"float32"`, `"bfloat16"` or `"float16"`: the dtype in which the model computes. Parameters,
+            statistics, losses and metrics stay float32; float16 scales the loss and skips updates that overflow.
+        accumulate: int, batches whose gradients make one update, exactly that of the joined batch.
+        remat: recompute activations in the backward pass instead of keeping them; True, or a policy of
+            `jax.checkpoint_policies`.
         logdir: folder for TensorBoard and JSONL logs; None writes none.
-        writers: further `MetricWriter`s; they are flushed, and stay yours to close.
+        writers: further objects of `MetricWriter`; they are flushed, and stay yours to close.
 
     Raises:
         TypeError: an argument is of the wrong kind, e.g. a callback class instead of an object.
-        ValueError: two callbacks want the same name in `state.hooks`, or `logdir` can't be written.
+        ValueError: two callbacks want the same name in `state.hooks`, or `logdir` is remote.
 
     Example:
         >>> import flax.linen as nn, numpy as np, optax, trainkit as tk
@@ -79,17 +85,22 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         strategy: str | Strategy = "jit",
         seed: int = 0,
+        precision: str = "float32",
+        accumulate: int = 1,
+        remat: bool | Callable[..., bool] = False,
         logdir: str | os.PathLike[str] | None = None,
         writers: Sequence[MetricWriter] = (),
     ) -> None:
-        self._model = LinenModel(model)
+        self._precision = resolve_precision(precision)
+        self._model = LinenModel(model, self._precision)
         if not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise TypeError(f"tx={tx!r}: expected an optax transformation, e.g. optax.adam(1e-3).")
         self._tx = tx
         self._callbacks = _with_defaults(_check_callbacks(callbacks))
         self._strategy = resolve_strategy(strategy)
-        self._seed = seed
-        self._logdir = None if logdir is None else pathlib.Path(logdir)
+        self._seed, self._remat = seed, remat
+        self._accumulate = _check_accumulate(accumulate, own_step=self._overridden("train_step") is not None)
+        self._logdir = None if logdir is None else local_folder(logdir)
         self._writers = tuple(writers)
         self._history = History()
         self._progress = Progress()
@@ -209,13 +220,16 @@ class Trainer:
 
         Raises:
             ValueError: not exactly one of `epochs` and `steps`; bad data; a loss that returns the wrong thing.
+            OSError: `logdir` can't be made or written to.
         """
         _check_length(epochs, steps)
         if eval_every is not None:
             as_cadence(eval_every, "eval_every")
         source, evaluations = as_source(data), _evaluations(eval_data)
         self._aim_at(data)
-        request = Request(source, epochs, steps, evaluations, eval_every, self._callbacks, self._logdir)
+        request = Request(
+            source, epochs, steps, evaluations, eval_every, self._accumulate, self._callbacks, self._logdir
+        )
         first, batches = _peek(source, self._progress)
         state = self._begin(first)
         with open_writers(self._logdir, self._writers, self._history) as writer:
@@ -276,8 +290,17 @@ class Trainer:
             train_step=self._overridden("train_step"),
             eval_step=self._overridden("eval_step"),
         )
-        steps = Steps(model=self._model, tx=self._tx, strategy=self._strategy, hooks=hooks, user=user)
-        return Engine(steps, self._strategy, self.metrics)
+        steps = Steps(
+            model=self._model,
+            tx=self._tx,
+            strategy=self._strategy,
+            hooks=hooks,
+            user=user,
+            precision=self._precision,
+            accumulate=self._accumulate,
+            remat=self._remat,
+        )
+        return Engine(steps, self._strategy, self.metrics, scaled=self._precision.scaled)
 
     def _overridden(self, name: str) -> Any:
         return None if getattr(type(self), name) is getattr(Trainer, name) else getattr(self, name)
@@ -341,6 +364,17 @@ def _check_metrics(collection: object) -> None:
             f"metrics={collection!r}: expected a subclass of clu.metrics.Collection, decorated with "
             "@flax.struct.dataclass, e.g. with the field `loss: metrics.Average.from_output('loss')`."
         )
+
+
+def _check_accumulate(accumulate: int, *, own_step: bool) -> int:
+    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+        raise ValueError(f"accumulate={accumulate!r}: must be an int of at least 1, batches per update.")
+    if accumulate > 1 and own_step:
+        raise ValueError(
+            f"accumulate={accumulate} needs the train_step of trainkit, and this trainer has its own. Accumulate "
+            "there, e.g. with optax.MultiSteps, or leave accumulate out."
+        )
+    return accumulate
 
 
 def _check_length(epochs: int | None, steps: int | None) -> None:

@@ -137,8 +137,7 @@ def _resolve(
         )
     module, variables = source
     if inspect.isclass(module):
-        name = module.__name__
-        raise TypeError(f"source has the class {name}; pass an object, ({name}(...), variables).")
+        raise TypeError(f"source has the class {module!r}; pass an object, (Model(...), variables).")
     if not isinstance(variables, Mapping):
         raise TypeError(
             f"source has variables of type {_kind(variables)}; expected the collections by name, "
@@ -194,8 +193,8 @@ def _any_batch_size() -> Iterator[None]:
         yield
     except jax.errors.InconclusiveDimensionOperation as error:
         error.add_note(
-            "trainkit: the model is exported for every batch size, and this line of it needs to know the size "
-            "it has. Write it without comparing or converting the batch size, e.g. x.reshape((x.shape[0], -1))."
+            "trainkit: the model is exported for every batch size, and this line of it needs to know which. "
+            "Write it without comparing or converting that size, e.g. x.reshape((x.shape[0], -1))."
         )
         raise
 

@@ -82,7 +82,8 @@ def _average(average: PyTree, tree: PyTree, decay: float) -> PyTree:
     def blend(old: jax.Array, new: jax.Array) -> jax.Array:
         if not _is_float(new):
             return jnp.copy(new)
-        return decay * old + (1 - decay) * new.astype(old.dtype)
+        # A layer may give a statistic its final shape at the first update, e.g. [n] -> [1, n].
+        return decay * jnp.broadcast_to(old, new.shape) + (1 - decay) * new.astype(old.dtype)
 
     return jax.tree.map(blend, average, tree)
 

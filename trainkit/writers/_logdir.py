@@ -27,23 +27,33 @@ def claim(logdir: str | os.PathLike[str], kind: str, owner: object) -> pathlib.P
         OSError: the folder cannot be made or written to.
         ValueError: it is remote, or a live writer of this kind has it.
     """
-    name = os.fspath(logdir)
-    if "://" in name:
-        raise ValueError(
-            f"logdir={name!r} is a remote address; a logdir is a local folder. "
-            "Log to one and copy it, or mount the bucket."
-        )
-    folder = pathlib.Path(name)
+    folder = local_folder(logdir)
     _check_writable(folder)
     key = (os.path.realpath(folder), kind)
     with _lock:
         if key in _owners:
             raise ValueError(
-                f"logdir={name!r} already has a live {kind} writer in this process; two would mix "
+                f"logdir={os.fspath(logdir)!r} already has a live {kind} writer in this process; two would mix "
                 "their logs. Close the first one (close()), share it, or give the second its own folder."
             )
         _owners[key] = owner
     return folder
+
+
+def local_folder(logdir: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns `logdir` as a path; nothing is made yet.
+
+    Raises:
+        ValueError: it is remote.
+    """
+    name = os.fspath(logdir)
+    # To be asked before there is a `Path`, which would make one slash of the two.
+    if "://" in name:
+        raise ValueError(
+            f"logdir={name!r} is a remote address; a logdir is a local folder. "
+            "Log to one and copy it, or mount the bucket."
+        )
+    return pathlib.Path(name)
 
 
 def release(logdir: str | os.PathLike[str], kind: str, owner: object) -> None:
