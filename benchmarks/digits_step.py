@@ -1,9 +1,9 @@
 """How much a training step costs through trainkit, beside the loop one would write by hand with Flax and CLU.
 
 Both train the same models on the same batches with the same keys. First the parameters after some steps are
-compared. Then the loops run in turns, so that a busy machine slows all alike, and each ratio is of two runs that
-followed one another. The hand-written loop is the fast one: jitted, its state donated, the metrics merged on the
-device, nothing read back before the end.
+compared. Then the loops run in turns, so that a busy machine slows all alike, and each ratio is of two runs
+close to one another. The hand-written loop is the fast one: jitted, its state donated, the metrics merged on
+the device, nothing read back before the end.
 """
 
 import argparse
@@ -78,7 +78,7 @@ class DigitsTrainer(tk.Trainer):
 
 
 class HandState(train_state.TrainState):
-    """The state of the hand-written side; the key is raw, which a jitted call takes faster than a typed one."""
+    """The state of the loop by hand; its key is raw, which a jitted call takes faster than a typed one."""
 
     batch_stats: Any
     rng: jax.Array
@@ -214,7 +214,8 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Returns the quartiles of the times and of the ratios to the hand-written loop, as text."""
     lines = [
-        f"{'':8s} {'us/step: median':>16s} {'quartiles':>19s} {'steps/s':>9s} {'ratio: median':>14s} {'quartiles':>13s}"
+        f"{'':8s} {'us/step: median':>16s} {'quartiles':>19s} {'steps/s':>9s} {'ratio: median':>14s}"
+        f" {'quartiles':>13s}"
     ]
     hand = np.array(result["microseconds"]["by hand"])
     for key, taken in result["microseconds"].items():
@@ -246,10 +247,19 @@ def main() -> None:
         print(f"\n{name}, {results[name]['steps']} steps a timing\n{table(results[name])}")
         for key in ("bare", "full"):
             difference = results[name]["differences"][key]
-            said = "bitwise those of the loop by hand" if difference == 0 else f"largest difference {difference:.2e}"
+            said = (
+                "bitwise those of the loop by hand"
+                if difference == 0
+                else f"largest difference {difference:.2e}"
+            )
             print(f"parameters after {COMPARED_STEPS} steps, {key}: {said}")
     if args.json:
-        report = {"python": platform.python_version(), "versions": versions, "device": device, "results": results}
+        report = {
+            "python": platform.python_version(),
+            "versions": versions,
+            "device": device,
+            "results": results,
+        }
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -5,6 +5,7 @@ python examples/digits.py --data-dir ~/mnist --epochs 5
 """
 
 import argparse
+import functools
 import pathlib
 import time
 
@@ -27,17 +28,16 @@ Examples = dict[str, np.ndarray]
 
 
 class CNN(nn.Module):
-    """Two stages of convolutions, then two dense layers."""
+    """Two convolutions with batch normalisation, then two dense layers after dropout."""
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         for features in (32, 64):
-            for _ in range(2):
-                x = nn.Conv(features, (3, 3), use_bias=False)(x)
-                x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+            x = nn.Conv(features, (3, 3), use_bias=False)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
             x = nn.max_pool(x, (2, 2), (2, 2))
-        x = nn.relu(nn.Dense(128)(x.reshape(len(x), -1)))
-        x = nn.Dropout(0.5, deterministic=not train)(x)
+        x = nn.Dropout(0.5, deterministic=not train)(x.reshape(len(x), -1))
+        x = nn.relu(nn.Dense(128)(x))
         return nn.Dense(10)(x)
 
 
@@ -57,37 +57,39 @@ class DigitsTrainer(tk.Trainer):
 
 
 class Pictures(tk.callbacks.Callback):
-    """At the end, draws what became of `examples`: the confusion matrix, and the digits it found hardest."""
+    """Draws what became of the test images at the end: the confusion matrix, and the hardest of them."""
 
-    # After the monitors, of which early stopping puts the best weights back.
+    # Last of all, so that early stopping has put the best state back.
     phase = tk.callbacks.Phase.CHECKPOINT
 
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
+    def __init__(self, test: Examples) -> None:
+        self.images, self.labels = test["image"], test["label"]
 
     def on_fit_end(self, info: tk.callbacks.Info) -> None:
-        state, labels = tk.callbacks.EMA.view(info.state), self.examples["label"]
-        predict = jax.jit(state.apply_fn, static_argnames="train")
-        chances = np.asarray(nn.softmax(predict(state.variables, self.examples["image"], train=False)))
-        guesses = chances.argmax(axis=-1)
-        hardest = chances[np.arange(len(labels)), labels].argsort()[:18]
+        state = tk.callbacks.EMA.view(info.state)
+        predict = jax.jit(functools.partial(state.apply_fn, state.variables, train=False))
+        pieces = np.array_split(self.images, 1 + len(self.images) // 1000)
+        logits = np.concatenate([predict(piece) for piece in pieces])
+        guesses = logits.argmax(axis=-1)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, self.labels)
 
-        matrix = Figure(figsize=(6, 6), layout="constrained")
+        matrix = Figure(figsize=(4, 4), dpi=150, layout="constrained")
         ConfusionMatrixDisplay.from_predictions(
-            labels, guesses, ax=matrix.add_subplot(), cmap="Blues", colorbar=False
+            self.labels, guesses, ax=matrix.add_subplot(), cmap="Blues", colorbar=False
         )
-        digits = Figure(figsize=(9, 5.5), layout="constrained")
-        for axes, index in zip(digits.subplots(3, 6).flat, hardest):
-            right = guesses[index] == labels[index]
-            axes.set_title(f"{labels[index]}, read as {guesses[index]}", color="black" if right else "red")
-            axes.imshow(self.examples["image"][index, ..., 0], cmap="gray_r")
+        hardest = Figure(figsize=(4, 4), dpi=150, layout="constrained")
+        for axes, index in zip(hardest.subplots(3, 4).flat, np.argsort(-losses), strict=False):
+            label, guess = self.labels[index], guesses[index]
+            colour = "green" if guess == label else "red"
+            axes.set_title(f"{label}, read as {guess}", size="small", color=colour)
+            axes.imshow(self.images[index, ..., 0], cmap="gray_r")
             axes.set_axis_off()
-        pictures = {"test/confusion": pixels(matrix), "test/hardest": pixels(digits)}
+        pictures = {"test/confusion_matrix": pixels(matrix), "test/hardest": pixels(hardest)}
         info.writer.write_images(info.step, pictures)
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """Returns the figure as uint8 [height, width, 3]."""
+    """Returns a figure as an image, uint8 [height, width, 3]."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
@@ -98,63 +100,69 @@ def examples_of(images: np.ndarray, labels: np.ndarray) -> Examples:
     return {"image": scaled.astype(np.float32), "label": labels.astype(np.int32)}
 
 
-def cut(examples: Examples, share: float) -> tuple[Examples, Examples]:
-    """Cuts a share off, the same at each run, with every digit in proportion."""
-    pieces = train_test_split(*examples.values(), test_size=share, stratify=examples["label"], random_state=0)
-    return dict(zip(examples, pieces[::2])), dict(zip(examples, pieces[1::2]))
+def hold_out(examples: Examples, share: float) -> tuple[Examples, Examples]:
+    """Splits a share off: the same one in every run, with all digits in proportion."""
+    parts = train_test_split(*examples.values(), test_size=share, stratify=examples["label"], random_state=0)
+    return dict(zip(examples, parts[::2], strict=True)), dict(zip(examples, parts[1::2], strict=True))
 
 
-def load(data_dir: pathlib.Path | None, limit: int | None) -> tuple[Examples, Examples]:
-    """Returns the examples to learn from, and the held-out ones to test with."""
-    if data_dir is None:
+def read_mnist(folder: pathlib.Path, part: str, limit: int | None) -> Examples | None:
+    """Returns the examples of "train" or "t10k", None where the folder has no such files."""
+    files = sorted(folder.glob(f"{part}-*ubyte*"))  # images, then labels
+    return examples_of(*(tk.data.read_idx(file)[:limit] for file in files)) if files else None
+
+
+def load(folder: pathlib.Path | None, limit: int | None) -> tuple[Examples, Examples]:
+    """Returns the examples to train with, and those held out to test with."""
+    if folder is None:
         digits = load_digits()
-        return cut(examples_of(digits.images[:limit], digits.target[:limit]), 0.2)
-    found = {part: sorted(data_dir.glob(f"{part}-*-idx?-ubyte*")) for part in ("train", "t10k")}
-    # The names sort the images before the labels.
-    read = {part: examples_of(*(tk.data.read_idx(file)[:limit] for file in files)) for part, files in found.items() if files}
-    if "t10k" not in read:
-        raise SystemExit(f"no t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, plain or .gz, in {data_dir}")
-    return (read["train"], read["t10k"]) if "train" in read else cut(read["t10k"], 0.2)
+        return hold_out(examples_of(digits.images[:limit], digits.target[:limit]), 1 / 5)
+    train, test = read_mnist(folder, "train", limit), read_mnist(folder, "t10k", limit)
+    if test is None:
+        raise SystemExit(f"{folder} has no t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, plain or .gz.")
+    return (train, test) if train else hold_out(test, 1 / 5)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Trains a small CNN on handwritten digits.")
     parser.add_argument("--data-dir", type=pathlib.Path, help="folder of MNIST's IDX files, plain or .gz")
-    parser.add_argument("--logdir", type=pathlib.Path, default="runs/digits", help="folder of the runs")
+    parser.add_argument("--logdir", type=pathlib.Path, default="runs/digits", help="folder of all runs")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its highest, after the warm-up")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="use that many examples only")
+    parser.add_argument("--limit", type=int, help="read that many examples only")
     args = parser.parse_args()
 
     train, test = load(args.data_dir, args.limit)
-    train, valid = cut(train, 0.1)
-    data = tk.data.Arrays(train, args.batch_size, shuffle=True, seed=args.seed)
-    steps = args.epochs * len(data)
+    train, valid = hold_out(train, 1 / 10)
+    train_data = tk.data.Arrays(train, args.batch_size, shuffle=True, seed=args.seed)
+    steps = args.epochs * len(train_data)
     schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, steps // 10, steps)
-    hparams = {name: getattr(args, name) for name in ("epochs", "batch_size", "learning_rate", "seed")}
+    hparams = {name: getattr(args, name) for name in ("learning_rate", "batch_size", "epochs", "seed")}
 
     trainer = DigitsTrainer(
         CNN(),
         optax.adam(schedule),
         seed=args.seed,
-        logdir=args.logdir / time.strftime("%Y%m%d-%H%M%S"),
+        logdir=args.logdir / time.strftime("%Y-%m-%d_%H-%M-%S"),
         callbacks=[
-            tk.callbacks.Lambda(on_fit_start=lambda info: info.writer.write_hparams(hparams)),
-            tk.callbacks.EMA(0.99),
-            tk.callbacks.EarlyStopping("eval/loss", patience=10, restore_best=True),
-            tk.callbacks.LearningRate(schedule=schedule, every=tk.Every(epochs=1)),
-            tk.callbacks.LogMetrics(every=tk.Every(epochs=1)),
             tk.callbacks.Progress(),
+            tk.callbacks.EMA(0.98, debias=True),
+            tk.callbacks.EarlyStopping("eval/loss", patience=10, restore_best=True),
+            tk.callbacks.LogMetrics(tk.Every(epochs=1)),
+            tk.callbacks.LearningRate(tk.Every(epochs=1), schedule=schedule, name="train/learning_rate"),
+            tk.callbacks.Lambda(on_fit_start=lambda info: info.writer.write_hparams(hparams)),
             Pictures(test),
         ],
     )
-    result = trainer.fit(data, epochs=args.epochs, eval_data=tk.data.Arrays(valid, 256))
-    scores = trainer.evaluate(tk.data.Arrays(test, 256))
+    result = trainer.fit(train_data, epochs=args.epochs, eval_data=tk.data.Arrays(valid, args.batch_size))
+    scores = trainer.evaluate(tk.data.Arrays(test, args.batch_size))
 
-    print(f"{result.step} steps in {result.seconds:.1f} s, {result.stopped_by or 'no early stop'}")
-    print("test " + " ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    print(
+        f"state of step {result.step} after {result.seconds:.1f} s: {result.stopped_by or 'all epochs done'}"
+    )
+    print("test " + ", ".join(f"{name} {score:.4f}" for name, score in scores.items()))
     print(f"tensorboard --logdir {args.logdir}")
 
 

@@ -10,6 +10,8 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A rank promoted in silence is how a [batch] mask meets a [batch, 1] loss and yields [batch, batch].
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# Compiling is most of what tests do; a third of it is optimisation that no assertion depends on.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Figures are drawn without a screen.
 os.environ["MPLBACKEND"] = "Agg"
 

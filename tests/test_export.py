@@ -578,15 +578,23 @@ def install(folder, *requirements):
     return python
 
 
+@pytest.fixture
+def environments(tmp_path):
+    """A folder for virtual environments, 4 GB, that does not outlive the test."""
+    folder = tmp_path / "environments"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.mark.slow
-def test_a_saved_model_runs_where_jax_is_not_installed(tmp_path):
+def test_a_saved_model_runs_where_jax_is_not_installed(tmp_path, environments):
     pinned = [
         f"{name}=={importlib.metadata.version(name)}"
         for name in ("jax", "jaxlib", "flax", "optax", "clu", "orbax-checkpoint", "tensorboardX", "rich")
     ]
     has_tensorflow = importlib.util.find_spec("tensorflow") is not None
-    writer = sys.executable if has_tensorflow else install(tmp_path / "writer", "tensorflow-cpu", *pinned)
-    reader = install(tmp_path / "reader", "tensorflow-cpu")
+    writer = sys.executable if has_tensorflow else install(environments / "writer", "tensorflow-cpu", *pinned)
+    reader = install(environments / "reader", "tensorflow-cpu")
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
     run(WRITER, tmp_path / "model", tmp_path / "given.npz", env=quiet, python=writer, cwd=tmp_path)
     nowhere = {**quiet, "PYTHONPATH": ""}

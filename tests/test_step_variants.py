@@ -43,7 +43,9 @@ def test_a_short_tail_is_one_update_rightly_weighted():
     # A joint mask: 12 rows in batches of 8 and 4 are one mean over 12, not a mean of two means.
     twelve = arrays(12, seed=3)
     got = NetTrainer(model, tx, accumulate=2).fit(tk.data.Arrays(twelve, batch_size=8), epochs=3)
-    assert_same(got.state.params, NetTrainer(model, tx).fit([twelve], epochs=3).state.params, rtol=1e-5, atol=1e-6)
+    assert_same(
+        got.state.params, NetTrainer(model, tx).fit([twelve], epochs=3).state.params, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_batch_statistics_go_through_the_micro_batches_in_order():

@@ -65,7 +65,9 @@ def test_logged_values_are_means_over_the_steps_since_the_last_log():
         losses.append(float(value))
     expected = [(5, np.mean(losses[:5])), (10, np.mean(losses[5:10])), (12, np.mean(losses[10:]))]
     assert [step for step, _ in result.history["train/loss"]] == [5, 10, 12]
-    np.testing.assert_allclose([v for _, v in result.history["train/loss"]], [v for _, v in expected], rtol=1e-6)
+    np.testing.assert_allclose(
+        [v for _, v in result.history["train/loss"]], [v for _, v in expected], rtol=1e-6
+    )
 
 
 def test_a_second_fit_continues():
@@ -125,7 +127,9 @@ def test_batch_statistics_see_no_padding(caplog):
         for index in range(0, 40, 16):
             state, _ = hand_step(state, {name: value[index : index + 16] for name, value in data.items()})
     assert_same(result.state.batch_stats, state.batch_stats)
-    assert sum("own shape, because the model keeps batch statistics" in r.message for r in caplog.records) == 1
+    assert (
+        sum("own shape, because the model keeps batch statistics" in r.message for r in caplog.records) == 1
+    )
 
 
 class ScalarTrainer(NetTrainer):
@@ -361,5 +365,3 @@ def test_summary_counts_and_bytes():
     assert f"{count:,} values" in text
     assert f"{4 * count:,} bytes" in text
     assert "hooks/ema" in text
-
-

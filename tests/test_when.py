@@ -35,7 +35,9 @@ def test_cadences_are_values():
     assert len({Every(steps=5), Every(steps=5), At(steps=(1,))}) == 2
 
 
-@pytest.mark.parametrize("wrong", [{}, {"steps": 1, "epochs": 1}, {"steps": 0}, {"steps": 2.5}, {"seconds": -1}, {"epochs": True}])
+@pytest.mark.parametrize(
+    "wrong", [{}, {"steps": 1, "epochs": 1}, {"steps": 0}, {"steps": 2.5}, {"seconds": -1}, {"epochs": True}]
+)
 def test_every_refuses(wrong):
     with pytest.raises(ValueError, match="Every"):
         Every(**wrong)

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.errors
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from trainkit._state import TrainState
-from trainkit._tree import describe, path_name
+from trainkit._tree import describe, differences, path_name, signature
 
 _RESERVED = ("loss", "mask")
 
@@ -52,14 +52,14 @@ def check_loss_result(result: object) -> tuple[jax.Array, dict[str, Any]]:
     losses, outputs = result
     if not hasattr(losses, "dtype") and not isinstance(losses, float):
         raise TypeError(
-            f"loss returned losses of type {kind_of(losses)}; they must be a float array: one loss per example, "
-            "shape [batch], or a scalar."
+            f"loss returned losses of type {kind_of(losses)}; they must be a float array: one loss per "
+            "example, shape [batch], or a scalar."
         )
     losses = jnp.asarray(losses)
     if not jnp.issubdtype(losses.dtype, jnp.floating):
         raise TypeError(
-            f"loss returned losses of dtype {losses.dtype}; gradients need a float dtype. Use operations that keep "
-            "floats, or losses.astype(jnp.float32)."
+            f"loss returned losses of dtype {losses.dtype}; gradients need a float dtype. Use operations "
+            "that keep floats, or losses.astype(jnp.float32)."
         )
     check_outputs("loss", outputs)
     taken = [name for name in _RESERVED if name in outputs]
@@ -83,6 +83,29 @@ def check_step_result(result: object) -> tuple[TrainState, dict[str, Any]]:
         )
     check_outputs("train_step", result[1])
     return result
+
+
+def check_carried(old: TrainState, new: TrainState, after: Callable[[], TrainState]) -> None:
+    """Refuses a `train_step` after which the state has another structure, or other shapes at every step.
+
+    A collection may take its final shapes at the first step, as some layers do: the step compiles once more.
+
+    Args:
+        old: the state before a step.
+        new: the state after it.
+        after: returns the state one step later.
+    """
+    changed = differences(signature(old), signature(new))
+    if not changed:
+        return
+    only_model_state = signature(old.replace_model_state(new.model_state)) == signature(new)
+    same_paths = signature(old).keys() == signature(new).keys()
+    if only_model_state and same_paths and signature(after()) == signature(new):
+        return
+    raise ValueError(
+        "train_step returned a state of another structure than it was given: "
+        f"{'; '.join(changed)}. Return state.replace(...) or state.apply_gradients(...) of the same fields."
+    )
 
 
 def check_losses(losses: jax.Array, rows: int) -> None:

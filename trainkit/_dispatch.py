@@ -51,7 +51,7 @@ class Dispatcher:
                 info = self._info_for(callback, "on_exception")
                 try:
                     callback.on_exception(info, exc)
-                except BaseException as error:  # a second Ctrl-C as well: the rest is still to be told and closed
+                except BaseException as error:  # a second Ctrl-C too: the others are still to be told
                     exc.add_note(f"{_name(callback)}.on_exception raised as well: {error!r}")
                 finally:
                     info.expire()

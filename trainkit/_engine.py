@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from trainkit._feed import Feed
-from trainkit._state import TrainState
+from trainkit._state import TrainState, key_of
 from trainkit._step import Steps, Traits, explained_errors, with_raw_key
 from trainkit._tree import signature
 from trainkit._typing import Batch, PyTree
@@ -23,7 +23,7 @@ from trainkit.parallel._strategy import Role, Strategy
 
 def key_impl(state: TrainState) -> str:
     """Returns the name of the generator behind the key of `state`."""
-    return str(jax.random.key_impl(state.rng))
+    return str(jax.random.key_impl(key_of(state)))
 
 
 def _with_loss_scale(collection: type[clu.metrics.Collection]) -> type[clu.metrics.Collection]:
@@ -69,6 +69,15 @@ class Engine:
         with explained_errors():
             init = self.strategy.compile(self.steps.init, inputs=(Role.WHOLE, Role.WHOLE), outputs=Role.STATE)
             return init(jax.random.key(seed), self.strategy.replicate(batch))
+
+    def complete(self, state: TrainState, seed: int) -> TrainState:
+        """Returns `state` on the devices, with the key and the memory of step hooks that it may lack.
+
+        A state made elsewhere, or by a trainer with other callbacks, can be trained on.
+        """
+        if state.rng is None:
+            state = state.replace(rng=jax.random.split(jax.random.key(seed))[1])
+        return self.strategy.lay_out(self.steps.with_hooks(state))
 
     def prepare_train(self, state: TrainState, source: Source, first: Batch) -> Prepared:
         """Returns the training step for `source`, whose first batch is `first`; refuses what is wrong with it."""

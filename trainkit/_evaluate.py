@@ -47,7 +47,7 @@ def evaluate(engine: Engine, state: TrainState, source: Source) -> dict[str, Any
         if number % _STEPS_PER_SEGMENT == 0:
             segments.append(carry)
             carry = prepared.empty
-        if strategy.blocks_every and number % strategy.blocks_every == 0:
+        if strategy.in_flight and number % strategy.in_flight == 0:
             jax.block_until_ready(carry)
     segments = [strategy.fetch(segment) for segment in [*segments, carry]]
     _check_count(sum(int(counted) for _, counted in segments), given, source)

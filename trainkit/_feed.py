@@ -74,7 +74,10 @@ class Feed:
         """Returns the batches of one update on the devices, as tuples."""
         fed = [self.place(batch) for batch in group]
         return Fed(
-            tuple(one.batch for one in fed), tuple(one.mask for one in fed), sum(one.real for one in fed), len(fed)
+            tuple(one.batch for one in fed),
+            tuple(one.mask for one in fed),
+            sum(one.real for one in fed),
+            len(fed),
         )
 
     def _round_up(self, rows: int) -> int:

@@ -10,7 +10,7 @@ import itertools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -92,7 +92,10 @@ class Loop:
         self._plan = self._make_plan()
         self._metrics = TrainMetrics(self._prepared.accumulator, self._prepared.empty)
         ledger = Ledger()
-        self._writers = {id(c): Attributed(writer, type(c).__name__, ledger) for c in request.callbacks}
+        self._writers = {
+            id(callback): Attributed(writer, owner, ledger)
+            for callback, owner in zip(request.callbacks, _owners(request.callbacks), strict=True)
+        }
         self._readers: dict[int, Reader] = {id(c): self._metrics.reader() for c in request.callbacks}
         self._epoch_reader = self._metrics.reader()
         self._eval_metrics: Mapping[str, Any] = NO_METRICS
@@ -151,9 +154,9 @@ class Loop:
 
     def _make_chores(self) -> list["_Chore"]:
         chores = [_Chore(_SEGMENT, self._metrics.cut)]
-        blocks = self._engine.strategy.blocks_every
-        if blocks:
-            chores.append(_Chore(Every(steps=blocks), lambda: jax.block_until_ready(self._metrics.packed)))
+        ahead = self._engine.strategy.in_flight
+        if ahead:
+            chores.append(_Chore(Every(steps=ahead), lambda: jax.block_until_ready(self._metrics.packed)))
         return chores
 
     def _finished(self) -> bool:
@@ -296,13 +299,23 @@ class Loop:
         self._raw = with_raw_key(self._engine.strategy.lay_out(own))
 
 
+def _owners(callbacks: Sequence[Callback]) -> list[str]:
+    """Returns a name for each callback in messages about what it writes; its place tells apart those of one class."""
+    classes = [type(callback).__name__ for callback in callbacks]
+    return [
+        name if classes.count(name) == 1 else f"{name} (number {index} of the callbacks)"
+        for index, name in enumerate(classes, start=1)
+    ]
+
+
 def _grouped(batches: Iterator[Batch], size: int) -> Iterator[tuple[Batch, ...]]:
     while group := tuple(itertools.islice(batches, size)):
         yield group
 
 
 def _own(new: Any, old: Any) -> Any:
-    return jnp.copy(new) if is_key(old) else jnp.array(new, dtype=old.dtype, copy=True)
+    strong = new if is_key(old) else jnp.asarray(new, old.dtype)
+    return jax.device_put(strong, may_alias=False)
 
 
 def direction_of(accumulator: Accumulator, name: str) -> str | None:

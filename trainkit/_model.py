@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import flax
+import flax.core
 import flax.linen as nn
 import jax
 

@@ -22,7 +22,11 @@ def overview(state: TrainState, layout: str) -> str:
         "opt_state": state.opt_state,
         **{f"hooks/{name}": memory for name, memory in state.hooks.items()},
     }
-    lines = [f"{name:<20} {_count(tree):>14,} values {_bytes(tree):>16,} bytes" for name, tree in parts.items() if tree]
+    lines = [
+        f"{name:<20} {_count(tree):>14,} values {_bytes(tree):>16,} bytes"
+        for name, tree in parts.items()
+        if tree
+    ]
     return "\n".join([table, *lines, f"{'layout':<20} {layout}"])
 
 

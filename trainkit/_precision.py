@@ -1,6 +1,7 @@
 """Precision policies: in which dtype parameters, computation and results are. Owns the casts, not where they happen."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def resolve_precision(precision: str) -> Precision:
 def cast_floats(tree: PyTree, dtype: str) -> PyTree:
     """Returns `tree` with every real floating leaf in `dtype`; others as they are."""
 
-    def cast(leaf: object) -> object:
+    def cast(leaf: Any) -> Any:
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
         return jnp.asarray(leaf, dtype)

@@ -83,6 +83,13 @@ class TrainState(flax.training.train_state.TrainState, kw_only=True):
     ) -> Self:
         """Returns a state from what `model.init` returned, splitting `params` from the other collections.
 
+        Args:
+            apply_fn: usually `model.apply`.
+            variables: collections by name, with `params`.
+            tx: an optax transformation.
+            rng: typed PRNG key `[]`.
+            **kwargs: `hooks=` and the fields of a subclass.
+
         Raises:
             TypeError: `variables` is no mapping.
             ValueError: there is no `params` collection in `variables`.
@@ -97,8 +104,7 @@ class TrainState(flax.training.train_state.TrainState, kw_only=True):
                 f"variables has the collections {sorted(variables)} and no 'params'. "
                 "Pass what model.init returned; a model without parameters cannot be trained."
             )
-        # Flax returns plain dicts from apply: a FrozenDict would change the structure at the first step.
-        params, batch_stats, collections = _split(flax.core.unfreeze(variables))
+        params, batch_stats, collections = _split(variables)
         return cls.create(
             apply_fn=apply_fn,
             params=params,
@@ -150,6 +156,19 @@ class TrainState(flax.training.train_state.TrainState, kw_only=True):
         """
         state = super().apply_gradients(grads=grads, **kwargs)
         return state if model_state is None else state.replace_model_state(model_state)
+
+
+def key_of(state: TrainState) -> jax.Array:
+    """Returns the key of `state`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if state.rng is None:
+        raise ValueError(
+            "state.rng is None; a trained state needs a key, e.g. state.replace(rng=jax.random.key(0))."
+        )
+    return state.rng
 
 
 def _split(variables: Variables) -> tuple[Collection, Collection, dict[str, Collection]]:

@@ -8,13 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainkit._checks import check_loss_result, check_losses, check_outputs, check_step_result, explained_errors
+from trainkit._checks import (
+    check_carried,
+    check_loss_result,
+    check_losses,
+    check_outputs,
+    check_step_result,
+    explained_errors,
+)
 from trainkit._context import StepContext
 from trainkit._model import Model
 from trainkit._precision import Precision
-from trainkit._state import TrainState
+from trainkit._state import TrainState, key_of
 from trainkit._trace import TraceLog
-from trainkit._tree import differences, signature
 from trainkit._typing import Batch, Outputs, PyTree
 from trainkit.hooks._hook import StepHook, StepValues, init_hooks, update_hooks
 from trainkit.hooks._loss_scale import NAME as LOSS_SCALE
@@ -120,6 +126,12 @@ class Steps:
         )
         return init_hooks(self._hooks, state)
 
+    def with_hooks(self, state: TrainState) -> TrainState:
+        """Returns `state` with the memory of the hooks it lacks initialised, and of others left out."""
+        fresh = init_hooks(tuple(hook for hook in self._hooks if hook.name not in state.hooks), state).hooks
+        kept = {hook.name: state.hooks[hook.name] for hook in self._hooks if hook.name in state.hooks}
+        return state.replace(hooks={**kept, **fresh})
+
     def init_variables(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
         """Returns the variables that one call of the loss creates."""
         mask = self._strategy.example(_all_real(batch))
@@ -129,7 +141,13 @@ class Steps:
     # Training -------------------------------------------------------------------------------------------------
 
     def train(
-        self, accumulator: Accumulator, impl: str, state: TrainState, packed: Any, batch: Batch, mask: jax.Array | None
+        self,
+        accumulator: Accumulator,
+        impl: str,
+        state: TrainState,
+        packed: Any,
+        batch: Batch,
+        mask: jax.Array | None,
     ) -> tuple[TrainState, Any]:
         """One optimizer update, its hooks and its metrics.
 
@@ -226,7 +244,7 @@ class Steps:
         if len(parts) == 1 and self._strategy.replica_axis is None:
             return None
         counts = [jnp.asarray(batch_rows(batch)) if mask is None else mask.sum() for batch, mask in parts]
-        return jnp.maximum(self._strategy.sum(sum(counts)), 1)
+        return jnp.maximum(self._strategy.sum(jnp.stack(counts).sum()), 1)
 
     def _merge_metrics(self, accumulator: Accumulator, packed: Any, outputs: Outputs) -> Any:
         return accumulator.update(packed, axis_name=self._strategy.replica_axis, **outputs)
@@ -234,7 +252,13 @@ class Steps:
     # Evaluation and prediction --------------------------------------------------------------------------------
 
     def evaluate(
-        self, accumulator: Accumulator, impl: str, state: TrainState, carry: Any, batch: Batch, mask: jax.Array | None
+        self,
+        accumulator: Accumulator,
+        impl: str,
+        state: TrainState,
+        carry: Any,
+        batch: Batch,
+        mask: jax.Array | None,
     ) -> tuple[Any, dict[str, Any]]:
         """Metrics of one batch merged into `carry`, a pair of `packed` and `int32[]` examples counted.
 
@@ -293,21 +317,9 @@ class Steps:
             return done.state
 
         new_state = self._abstractly(run, state, batch)
-        changed = differences(signature(state), signature(new_state))
-        if changed and self._user.train_step is not None and not self._settles(run, state, new_state, batch):
-            raise ValueError(
-                "train_step returned a state of another structure than it was given: "
-                f"{'; '.join(changed)}. Return state.replace(...) or state.apply_gradients(...) of the same fields."
-            )
+        if self._user.train_step is not None:
+            check_carried(state, new_state, lambda: self._abstractly(run, new_state, batch))
         return found["traits"]
-
-    def _settles(self, run: Callable[..., Any], old: TrainState, new: TrainState, batch: Batch) -> bool:
-        """Says whether the step from `old` to `new` changed shapes of the model's state only, and just this once."""
-        if jax.tree.structure(old) != jax.tree.structure(new):
-            return False
-        if signature(old.replace_model_state(new.model_state)) != signature(new):
-            return False
-        return signature(self._abstractly(run, new, batch)) == signature(new)
 
     def inspect_eval(self, state: TrainState, batch: Batch) -> Traits:
         """Runs the evaluation step abstractly, as `inspect_train`."""
@@ -365,12 +377,12 @@ class Steps:
 
 def with_raw_key(state: TrainState) -> TrainState:
     """Returns `state` with its key as plain `uint32` data: a typed key costs Python work at each call of a step."""
-    return state.replace(rng=jax.random.key_data(state.rng))
+    return state.replace(rng=jax.random.key_data(key_of(state)))
 
 
 def with_typed_key(state: TrainState, impl: str) -> TrainState:
     """Undoes `with_raw_key`."""
-    return state.replace(rng=jax.random.wrap_key_data(state.rng, impl=impl))
+    return state.replace(rng=jax.random.wrap_key_data(key_of(state), impl=impl))
 
 
 def shapes(tree: PyTree) -> PyTree:
@@ -385,7 +397,7 @@ def batch_rows(batch: Batch) -> int:
 
 def _step_key(state: TrainState) -> jax.Array:
     # Costs nothing where the loss draws no numbers: the compiler drops it.
-    return jax.random.fold_in(state.rng, state.step)
+    return jax.random.fold_in(key_of(state), state.step)
 
 
 def _all_real(batch: Batch) -> jax.Array:
@@ -396,9 +408,7 @@ def _or_all_real(mask: jax.Array | None, batch: Batch) -> jax.Array:
     return _all_real(batch) if mask is None else mask
 
 
-def _share(
-    losses: jax.Array, mask: jax.Array | None, batch: Batch, examples: jax.Array | None
-) -> jax.Array:
+def _share(losses: jax.Array, mask: jax.Array | None, batch: Batch, examples: jax.Array | None) -> jax.Array:
     """Returns the share of these losses in the mean over `examples`; the mean itself where that is None."""
     if examples is not None:
         count = batch_rows(batch) if losses.ndim == 0 else 1
@@ -409,6 +419,3 @@ def _share(
     if mask is None:
         return losses.mean()
     return jnp.where(mask, losses, 0).sum() / jnp.maximum(mask.sum(), 1).astype(losses.dtype)
-
-
-

@@ -6,6 +6,8 @@ from trainkit._tree import differences, signature
 from trainkit._typing import PyTree
 
 _LOG = logging.getLogger("trainkit")
+# Another optimizer changes as many leaves as there are; a few say which.
+_LISTED = 6
 
 
 class TraceLog:
@@ -20,11 +22,12 @@ class TraceLog:
         seen = self._seen.setdefault(step, [])
         if seen and new not in seen:
             changed = differences(seen[-1], new)
+            listed = [*changed[:_LISTED], *([f"{len(changed) - _LISTED} more"] if changed[_LISTED:] else [])]
             _LOG.warning(
                 "the %s step is compiled again (%d times now) because its arguments changed: %s",
                 step,
                 len(seen) + 1,
-                "; ".join(changed),
+                "; ".join(listed),
             )
         if new not in seen:
             seen.append(new)

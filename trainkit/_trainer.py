@@ -12,6 +12,15 @@ import flax.linen as nn
 import jax
 import optax
 
+from trainkit._arguments import (
+    check_accumulate,
+    check_callbacks,
+    check_length,
+    check_metrics,
+    evaluations,
+    peek,
+    with_defaults,
+)
 from trainkit._context import StepContext
 from trainkit._engine import Engine
 from trainkit._evaluate import evaluate, predict
@@ -96,10 +105,10 @@ class Trainer:
         if not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise TypeError(f"tx={tx!r}: expected an optax transformation, e.g. optax.adam(1e-3).")
         self._tx = tx
-        self._callbacks = _with_defaults(_check_callbacks(callbacks))
+        self._callbacks = with_defaults(check_callbacks(callbacks))
         self._strategy = resolve_strategy(strategy)
         self._seed, self._remat = seed, remat
-        self._accumulate = _check_accumulate(accumulate, own_step=self._overridden("train_step") is not None)
+        self._accumulate = check_accumulate(accumulate, own_step=self._overridden("train_step") is not None)
         self._logdir = None if logdir is None else local_folder(logdir)
         self._writers = tuple(writers)
         self._history = History()
@@ -107,7 +116,7 @@ class Trainer:
         self._data: Any = None
         self._state: TrainState | None = None
         self._shown = False
-        _check_metrics(self.metrics)
+        check_metrics(self.metrics)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -145,17 +154,30 @@ class Trainer:
 
         One call is one step, however often `apply_gradients` is called in it; batches are never padded. The key
         of the step is `jax.random.fold_in(state.rng, state.step)`.
+
+        Args:
+            state: before the update; its `step` is counted up by trainkit.
+            batch: leaves `[batch, ...]`.
+
+        Returns:
+            The state, of the same structure, shapes and dtypes, and a mapping of what the metrics ask for.
         """
         return self._engine.steps.default_update(state, batch)
 
     def eval_step(self, state: TrainState, batch: Batch) -> Outputs:
-        """Returns one batch's outputs for the metrics, one row per example. Traced; rows that pad are masked later."""
+        """Returns one batch's outputs for the metrics. Traced; by default those of `loss`, not training.
+
+        The last rows of `batch` may be padding, which is masked afterwards; every output has one row per example.
+        """
         return self._engine.steps.default_eval(state, batch)
 
     def predict_step(self, model: Any, batch: Batch, ctx: StepContext) -> PyTree:
         """Returns predictions, leaves `[batch, ...]`; runs in the scope of the bound module as `loss` does.
 
         By default the outputs of `loss`; override it to predict without labels.
+
+        Raises:
+            KeyError: `loss` needs what the batch has not, such as labels.
         """
         try:
             return self.loss(model, batch, ctx)[1]
@@ -174,7 +196,12 @@ class Trainer:
     @final
     @property
     def state(self) -> TrainState:
-        """The current train state; set it to continue from another one, e.g. one with loaded weights."""
+        """The current train state; set it to continue from another one, e.g. one with loaded weights.
+
+        Raises:
+            RuntimeError: there is none before `init` or the first `fit`.
+            TypeError: it is set to something else than a `TrainState`.
+        """
         if self._state is None:
             raise RuntimeError("there is no state yet: call trainer.init(batch) or trainer.fit(...) first.")
         self._shown = True
@@ -185,6 +212,12 @@ class Trainer:
         if not isinstance(state, TrainState):
             raise TypeError(f"trainer.state must be a tk.TrainState, got {type(state).__name__}.")
         self._state, self._shown = state, True
+
+    @final
+    @property
+    def history(self) -> History:
+        """Every scalar logged so far, over all fits; also after one that raised."""
+        return self._history
 
     @final
     def init(self, batch: Batch) -> TrainState:
@@ -222,15 +255,15 @@ class Trainer:
             ValueError: not exactly one of `epochs` and `steps`; bad data; a loss that returns the wrong thing.
             OSError: `logdir` can't be made or written to.
         """
-        _check_length(epochs, steps)
+        check_length(epochs, steps)
         if eval_every is not None:
             as_cadence(eval_every, "eval_every")
-        source, evaluations = as_source(data), _evaluations(eval_data)
+        source, evaluations = as_source(data), evaluations(eval_data)
         self._aim_at(data)
         request = Request(
             source, epochs, steps, evaluations, eval_every, self._accumulate, self._callbacks, self._logdir
         )
-        first, batches = _peek(source, self._progress)
+        first, batches = peek(source, self._progress)
         state = self._begin(first)
         with open_writers(self._logdir, self._writers, self._history) as writer:
             loop = Loop(
@@ -318,7 +351,7 @@ class Trainer:
         # The step takes the buffers of its state: what the user may still hold is left whole.
         state = copy_arrays(self.state) if self._shown else self._state
         assert state is not None
-        return self._strategy.lay_out(state)
+        return self._engine.complete(state, self._seed)
 
     def _weights(self, weights: str) -> TrainState:
         if weights not in ("ema", "live"):
@@ -329,87 +362,3 @@ class Trainer:
 _FINAL = frozenset(
     name for name in vars(Trainer) if not name.startswith("__") and name not in (*_OVERRIDABLE,)
 )
-
-
-def _check_callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
-    if isinstance(callbacks, Callback):
-        raise TypeError(f"callbacks={callbacks!r}: expected a list; write callbacks=[{type(callbacks).__name__}(...)].")
-    for callback in callbacks:
-        if inspect.isclass(callback):
-            raise TypeError(f"callbacks has the class {callback.__name__}; pass an object, {callback.__name__}(...).")
-        if not isinstance(callback, Callback):
-            raise TypeError(
-                f"callbacks has a {type(callback).__name__}; expected tk.callbacks.Callback objects. "
-                "A plain function goes into tk.callbacks.Lambda(on_step=...)."
-            )
-        as_cadence(callback.every, f"{type(callback).__name__}.every")
-    if len({id(callback) for callback in callbacks}) != len(callbacks):
-        raise ValueError("callbacks has the same object twice; give each once.")
-    names = [hook.name for callback in callbacks if (hook := callback.step_hook()) is not None]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"two callbacks keep state under state.hooks[{twice[0]!r}]; give one another name=.")
-    return tuple(callbacks)
-
-
-def _with_defaults(callbacks: tuple[Callback, ...]) -> tuple[Callback, ...]:
-    if any(isinstance(callback, LogMetrics) for callback in callbacks):
-        return callbacks
-    return (LogMetrics(), *callbacks)
-
-
-def _check_metrics(collection: object) -> None:
-    if not (inspect.isclass(collection) and issubclass(collection, clu.metrics.Collection)):
-        raise TypeError(
-            f"metrics={collection!r}: expected a subclass of clu.metrics.Collection, decorated with "
-            "@flax.struct.dataclass, e.g. with the field `loss: metrics.Average.from_output('loss')`."
-        )
-
-
-def _check_accumulate(accumulate: int, *, own_step: bool) -> int:
-    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
-        raise ValueError(f"accumulate={accumulate!r}: must be an int of at least 1, batches per update.")
-    if accumulate > 1 and own_step:
-        raise ValueError(
-            f"accumulate={accumulate} needs the train_step of trainkit, and this trainer has its own. Accumulate "
-            "there, e.g. with optax.MultiSteps, or leave accumulate out."
-        )
-    return accumulate
-
-
-def _check_length(epochs: int | None, steps: int | None) -> None:
-    if (epochs is None) == (steps is None):
-        given = "neither" if epochs is None else "both"
-        raise ValueError(f"fit takes exactly one of epochs= and steps=; got {given}. Write e.g. epochs=20.")
-    for name, value in (("epochs", epochs), ("steps", steps)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name}={value!r}: must be an int of at least 1.")
-
-
-def _evaluations(eval_data: Any) -> dict[str, Source]:
-    if eval_data is None:
-        return {}
-    if isinstance(eval_data, Mapping):
-        return {_eval_name(name): as_source(data) for name, data in eval_data.items()}
-    return {"eval": as_source(eval_data)}
-
-
-def _eval_name(name: Any) -> str:
-    if not isinstance(name, str) or not name or name == "train" or "/" in name:
-        raise ValueError(
-            f"eval_data has the name {name!r}; names are non-empty strings without '/', and not 'train'. "
-            "A mapping given as eval_data maps names to sources; wrap arrays in tk.data.Arrays."
-        )
-    return name
-
-
-def _peek(source: Source, progress: Progress) -> tuple[Batch, Iterator[Batch]]:
-    epoch = progress.epoch - 1 if progress.batch else progress.epoch
-    batches = iter(source.batches(epoch, progress.batch))
-    first = next(batches, None)
-    if first is None and progress.batch:
-        progress.batch = 0
-        return _peek(source, progress)
-    if first is None:
-        raise ValueError("the training source is empty: it gave no batch. Give data with at least one.")
-    return first, itertools.chain((), batches)

@@ -24,5 +24,8 @@ Variables = Mapping[str, Collection]
 Outputs = Mapping[str, Any]
 """What a step hands to the metrics, by name."""
 
+Device = Any
+"""A `jax.Device`, which type checkers take for a variable."""
+
 Clock = Callable[[], float]
 """Returns seconds; injected so that tests own the time."""

@@ -13,7 +13,7 @@ import trainkit as tk
 
 # start: trainer
 class LinearRegression(tk.Trainer):
-    """Half the squared error of one pair `x` [10], `y` [5]."""
+    """Half the squared error of one pair, `x` [10] and `y` [5]."""
 
     def loss(self, model, batch, ctx):
         error = batch["y"] - model(batch["x"])
@@ -24,13 +24,13 @@ class LinearRegression(tk.Trainer):
 
 
 def samples(count: int = 20, seed: int = 0):
-    """Returns noisy samples of `y = W x + b`, and the `W` and `b` they were drawn from as Dense keeps them."""
+    """Returns noisy samples of `y = x W + b`, and `W` and `b` under the names that `nn.Dense` gives them."""
     rng = np.random.default_rng(seed)
     truth = {"kernel": rng.normal(size=(10, 5)), "bias": rng.normal(size=5)}
     x = rng.normal(size=(count, 10))
-    y = x @ truth["kernel"] + truth["bias"] + 0.1 * rng.normal(size=(count, 5))
-    as_float32 = {name: array.astype(np.float32) for name, array in {"x": x, "y": y, **truth}.items()}
-    return {name: as_float32[name] for name in ("x", "y")}, {name: as_float32[name] for name in truth}
+    data = {"x": x, "y": x @ truth["kernel"] + truth["bias"] + 0.1 * rng.normal(size=(count, 5))}
+    single = [{name: array.astype(np.float32) for name, array in tree.items()} for tree in (data, truth)]
+    return single[0], single[1]
 
 
 # start: main
@@ -38,13 +38,17 @@ def main():
     data, truth = samples()
     losses = {}
     for name, tx in {"SGD": optax.sgd(0.3), "Adam": optax.adam(0.3)}.items():
-        trainer = LinearRegression(nn.Dense(5), tx, strategy="vmap")
-        # One batch that holds every sample is full-batch gradient descent.
-        trainer.fit([data], steps=101)
+        log = tk.callbacks.LogMetrics(every=tk.Every(steps=20))
+        trainer = LinearRegression(nn.Dense(5), tx, strategy="vmap", callbacks=[log])
+        # A batch that holds all samples makes it full-batch gradient descent.
+        result = trainer.fit([data], steps=101)
         losses[name] = trainer.evaluate([data])["loss"]
-        trainer.state = trainer.state.replace(params=truth)
-        losses["truth"] = trainer.evaluate([data])["loss"]
-    print(", ".join(f"loss of {name} {value:.6f}" for name, value in losses.items()))
+        print(name, *(f"{step}: {loss:.4f}" for step, loss in result.history["train/loss"]))
+
+    # The samples are noisy, so the parameters that fit them best are not the true ones.
+    trainer.state = trainer.state.replace(params=truth)
+    losses["truth"] = trainer.evaluate([data])["loss"]
+    print(", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()))
     return losses
 
 

@@ -37,6 +37,9 @@ class SumOfSquares(tk.Trainer):
 
 
 # start: collections
+random_rotation = nn.initializers.orthogonal()
+
+
 class Tracked(nn.Module):
     """A layer with parameters and three other collections, one of them named by you."""
 
@@ -45,7 +48,7 @@ class Tracked(nn.Module):
         seen = self.variable("counters", "examples", jnp.zeros, (), jnp.int32)
         largest = self.variable("ranges", "largest", jnp.zeros, ())
         # No optimizer sees it: only `params` are trained.
-        mix = self.variable("constants", "mix", nn.initializers.orthogonal(), self.make_rng("params"), (4, 4))
+        mix = self.variable("constants", "mix", lambda: random_rotation(self.make_rng("params"), (4, 4)))
         if not self.is_initializing() and self.is_mutable_collection("counters"):
             seen.value += len(x)
             largest.value = jnp.maximum(largest.value, jnp.abs(x).max())

@@ -88,7 +88,12 @@ class Callback:
         """Called once when a fit ends without an exception, stopped early or not."""
 
     def on_exception(self, info: Info, exc: BaseException) -> None:
-        """Called when anything raised, Ctrl-C included; the exception is raised again afterwards."""
+        """Called when anything raised, Ctrl-C included; the exception is raised again afterwards.
+
+        Args:
+            info: as for the other hooks.
+            exc: what was raised; an exception from here is attached to it as a note.
+        """
 
     def close(self) -> None:
         """Called last, once, for every callback whose `on_fit_start` was begun, however the fit ended."""

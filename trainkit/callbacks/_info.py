@@ -54,6 +54,9 @@ class Info:
     writer: MetricWriter
     plan: Plan
     seconds: float
+    _state: Callable[[], TrainState] | None
+    _metrics: Callable[[], Mapping[str, Any]]
+    _direction: Callable[[str], str | None]
 
     def __init__(
         self,
@@ -90,7 +93,11 @@ class Info:
 
     @property
     def state(self) -> TrainState:
-        """The train state, valid during the call: the next step takes its buffers."""
+        """The train state, valid during the call: the next step takes its buffers.
+
+        Raises:
+            RuntimeError: the call is over.
+        """
         if self._state is None:
             raise RuntimeError(
                 "info.state is valid only during the hook it was given to, and not before the state exists. "
@@ -102,8 +109,9 @@ class Info:
     def metrics(self) -> Mapping[str, Any]:
         """Metrics by full name, lazily: reading a value waits for the devices, holding the mapping does not.
 
-        In `on_step` the `train/...` metrics over the steps since this callback last asked; in `on_epoch_end`
-        those over the epoch; in `on_eval_end` the `<eval-name>/...` of this evaluation; else empty.
+        In `on_step`, `on_fit_end` and `on_exception` the `train/...` metrics over the steps since this
+        callback last read this attribute in one of them; in `on_epoch_end` those over the pass; in
+        `on_eval_end` the `<eval-name>/...` of this evaluation; else empty.
         """
         return self._metrics()
 

@@ -57,10 +57,20 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Returns an iterator over the batches of an epoch from batch `start` on; both count from 0."""
+        """Returns an iterator over the batches of an epoch from one of them on.
+
+        Args:
+            epoch: the number of the epoch, from 0.
+            start: the index of the first batch wanted, from 0; what follows is what an iterator from 0 yields
+                there.
+        """
 
     def check_position(self, epoch: int, start: int) -> None:
         """Refuses a position that is negative or lies beyond the end of an epoch.
+
+        Args:
+            epoch: the number of the epoch, from 0.
+            start: the index of a batch, from 0.
 
         Raises:
             ValueError: the position does not exist. `start == steps_per_epoch` does: no batch is left there.

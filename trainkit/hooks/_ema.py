@@ -42,10 +42,12 @@ def ema_hook(name: str, decay: float, *, debias: bool, batch_stats: bool) -> Ste
 
     def update(memory: EmaState, values: StepValues) -> EmaState:
         state = values.state
-        return memory.replace(
+        return EmaState(
             params=_average(memory.params, state.params, decay),
             batch_stats=_average(memory.batch_stats, state.batch_stats, decay) if batch_stats else {},
             count=memory.count + 1,
+            decay=decay,
+            debias=debias,
         )
 
     return StepHook(name, init, update)

@@ -30,6 +30,14 @@ class StepHook(NamedTuple):
         name: key of its memory in `state.hooks`, unique among the callbacks of a trainer.
         init: `init(state) -> memory`, a pytree of arrays.
         update: `update(memory, values) -> memory`, once per optimizer update, of the same structure.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> worst = StepHook(
+        ...     "worst_loss",
+        ...     init=lambda state: jnp.zeros((), jnp.float32),
+        ...     update=lambda memory, values: jnp.maximum(memory, values.loss),
+        ... )
     """
 
     name: str

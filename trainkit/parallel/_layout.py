@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from trainkit._tree import path_name
-from trainkit._typing import PyTree
+from trainkit._typing import Device, PyTree
 
 AXES = ("data", "fsdp", "tensor")
 """Names of the axes of a mesh, in its order."""
@@ -21,7 +21,7 @@ BATCH_AXES = ("data", "fsdp")
 """The axes a batch is divided over: fully sharded data parallelism is data parallelism too."""
 
 
-def make_mesh(sizes: Mapping[str, int | None], devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+def make_mesh(sizes: Mapping[str, int | None], devices: Sequence[Device]) -> jax.sharding.Mesh:
     """Returns a mesh over `devices` with the axes `AXES`; `data=None` takes the devices that are left.
 
     Raises:
@@ -63,7 +63,9 @@ class Layout:
                 return self._sharding(self._spec(path_name(path), leaf))
             return leaf.replace(value=self._sharding(self._boxed_spec(path_name(path), leaf)))
 
-        return jax.tree_util.tree_map_with_path(of_box, state, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+        return jax.tree_util.tree_map_with_path(
+            of_box, state, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+        )
 
     def check_rules(self, params: PyTree) -> None:
         """Refuses a rule that matches no parameter.
@@ -109,7 +111,11 @@ class Layout:
 
     def _fully_sharded(self, shape: tuple[int, ...]) -> PartitionSpec:
         parts = self._mesh.shape["fsdp"]
-        sizes = [(size, -dim) for dim, size in enumerate(shape) if parts > 1 and size % parts == 0 and size >= parts]
+        sizes = [
+            (size, -dim)
+            for dim, size in enumerate(shape)
+            if parts > 1 and size % parts == 0 and size >= parts
+        ]
         if not sizes:
             return PartitionSpec()
         dim = -max(sizes)[1]

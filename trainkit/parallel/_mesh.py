@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, final
 
-import jax
 import jax.numpy as jnp
 
-from trainkit._typing import Batch
+from trainkit._typing import Batch, Device
 from trainkit.parallel._spmd import Spmd
 from trainkit.parallel._strategy import Forward
 
@@ -45,7 +44,7 @@ class Mesh(Spmd):
         fsdp: int = 1,
         tensor: int = 1,
         rules: Sequence[tuple[str, tuple[str | None, ...]]] = (),
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Device] | None = None,
     ) -> None:
         super().__init__(sizes={"data": data, "fsdp": fsdp, "tensor": tensor}, rules=rules, devices=devices)
 

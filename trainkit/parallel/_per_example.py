@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from trainkit._tree import path_name
-from trainkit._typing import Batch, PyTree
+from trainkit._typing import Batch, Device, PyTree
 from trainkit.parallel._spmd import Spmd
 from trainkit.parallel._strategy import Forward
 
@@ -29,7 +29,7 @@ class PerExample(Spmd):
         'batch'
     """
 
-    def __init__(self, *, axis_name: str = "batch", devices: Sequence[jax.Device] | None = None) -> None:
+    def __init__(self, *, axis_name: str = "batch", devices: Sequence[Device] | None = None) -> None:
         super().__init__(sizes={"data": None, "fsdp": 1, "tensor": 1}, devices=devices)
         self.axis_name = axis_name
 
@@ -43,7 +43,10 @@ class PerExample(Spmd):
 
             def over_rows(collections: Any) -> Any:
                 return jax.vmap(
-                    forward, in_axes=(None, axes, 0, None, 0), out_axes=(0, 0, collections), axis_name=self.axis_name
+                    forward,
+                    in_axes=(None, axes, 0, None, 0),
+                    out_axes=(0, 0, collections),
+                    axis_name=self.axis_name,
                 )(*arguments)
 
             try:
@@ -51,7 +54,9 @@ class PerExample(Spmd):
             except ValueError as error:
                 if "out_axes is None" not in str(error):
                     raise
-                names = _differing(jax.eval_shape(over_rows, 0)[2], lambda axes: jax.eval_shape(over_rows, axes))
+                names = _differing(
+                    jax.eval_shape(over_rows, 0)[2], lambda axes: jax.eval_shape(over_rows, axes)
+                )
                 raise ValueError(
                     f"{', '.join(names)} differ between the examples of a batch, so there is no one value to keep. "
                     f"Make the layer reduce over the batch, e.g. nn.BatchNorm(axis_name={self.axis_name!r}), or "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from trainkit._typing import Batch, PyTree
+from trainkit._typing import Batch, Device, PyTree
 from trainkit.parallel._strategy import Forward, Role, Strategy
 
 _STEPS_IN_FLIGHT = 32
@@ -35,14 +35,14 @@ class Pmap(Strategy):
         1
     """
 
-    def __init__(self, *, axis_name: str = "batch", devices: Sequence[jax.Device] | None = None) -> None:
+    def __init__(self, *, axis_name: str = "batch", devices: Sequence[Device] | None = None) -> None:
         if devices is not None and not devices:
             raise ValueError("devices=[] is empty; give at least one device, or None for all local ones.")
         self.axis_name = axis_name
         self._devices = None if devices is None else tuple(devices)
 
     @functools.cached_property
-    def devices(self) -> tuple[jax.Device, ...]:
+    def devices(self) -> tuple[Device, ...]:
         """The devices; found at the first use, so that making a trainer touches no device."""
         return self._devices or tuple(jax.local_devices())
 
@@ -51,7 +51,7 @@ class Pmap(Strategy):
         return len(self.devices)
 
     @property
-    def blocks_every(self) -> int | None:
+    def in_flight(self) -> int | None:
         return _STEPS_IN_FLIGHT
 
     @property
@@ -82,9 +82,13 @@ class Pmap(Strategy):
         @functools.wraps(fn)
         def replicated(*args: Any) -> Any:
             in_specs = tuple(self._specs(role, arg) for role, arg in zip(inputs, args, strict=True))
-            out_specs = self._prefix(outputs) if isinstance(outputs, Role) else tuple(map(self._prefix, outputs))
+            out_specs = (
+                self._prefix(outputs) if isinstance(outputs, Role) else tuple(map(self._prefix, outputs))
+            )
             # Replicas may differ until they are merged, which is what check_vma would refuse.
-            mapped = jax.shard_map(fn, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+            mapped = jax.shard_map(
+                fn, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+            )
             return mapped(*args)
 
         return jax.jit(replicated, donate_argnums=donate)
@@ -140,8 +144,8 @@ def _merge(node: Any, axis: str) -> Any:
             mean, var = jax.lax.pmean((node["mean"], node["var"]), axis)
             between = jax.lax.pmean((node["mean"] - mean) ** 2, axis)
             rest = {key: _merge(value, axis) for key, value in node.items() if key not in ("mean", "var")}
-            return type(node)({**rest, "mean": mean, "var": var + between})
-        return type(node)({key: _merge(value, axis) for key, value in node.items()})
+            return {**rest, "mean": mean, "var": var + between}
+        return {key: _merge(value, axis) for key, value in node.items()}
     return jax.tree.map(lambda leaf: _mean_of_floats(leaf, axis), node)
 
 

@@ -21,7 +21,9 @@ def resolve_strategy(strategy: str | Strategy) -> Strategy:
         return strategy
     names = ", ".join(map(repr, _BY_NAME))
     if inspect.isclass(strategy):
-        raise TypeError(f"strategy={strategy.__name__}: got the class; pass an object, {strategy.__name__}().")
+        raise TypeError(
+            f"strategy={strategy.__name__}: got the class; pass an object, {strategy.__name__}()."
+        )
     if not isinstance(strategy, str):
         raise TypeError(f"strategy={strategy!r}: expected a name ({names}) or a Strategy.")
     if strategy not in _BY_NAME:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trainkit._typing import Batch, PyTree
+from trainkit._typing import Batch, Device, PyTree
 from trainkit.parallel._layout import BATCH_AXES, Layout, make_mesh
 from trainkit.parallel._strategy import Role, Strategy
 
@@ -25,7 +25,7 @@ class Spmd(Strategy, abc.ABC):
         *,
         sizes: Mapping[str, int | None],
         rules: Sequence[tuple[str, tuple[str | None, ...]]] = (),
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Device] | None = None,
     ) -> None:
         if devices is not None and not devices:
             raise ValueError("devices=[] is empty; give at least one device, or None for all local ones.")
@@ -36,7 +36,7 @@ class Spmd(Strategy, abc.ABC):
         self._devices = None if devices is None else tuple(devices)
 
     @functools.cached_property
-    def devices(self) -> tuple[jax.Device, ...]:
+    def devices(self) -> tuple[Device, ...]:
         """The devices of the mesh; found at the first use, so that making a trainer touches no device."""
         return self._devices or tuple(jax.local_devices())
 
@@ -50,8 +50,9 @@ class Spmd(Strategy, abc.ABC):
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     @property
-    def blocks_every(self) -> int | None:
-        return _STEPS_IN_FLIGHT if len(self.devices) > 1 or self.devices[0].platform != "cpu" else None
+    def in_flight(self) -> int | None:
+        # One CPU device limits itself.
+        return None if len(self.devices) == 1 and self.devices[0].platform == "cpu" else _STEPS_IN_FLIGHT
 
     @property
     def replica_axis(self) -> str | None:
@@ -96,7 +97,9 @@ class Spmd(Strategy, abc.ABC):
         return jax.device_put(state, self._layout.shardings(state))
 
     def describe(self) -> str:
-        axes = ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items() if size > 1 or name == "data")
+        axes = ", ".join(
+            f"{name}={size}" for name, size in self.mesh.shape.items() if size > 1 or name == "data"
+        )
         return f"{axes} on {self.devices[0].platform}"
 
     def _constrain(self, role: Role, tree: PyTree) -> PyTree:

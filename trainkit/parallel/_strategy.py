@@ -42,8 +42,8 @@ class Strategy(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def blocks_every(self) -> int | None:
-        """Steps after which the loop waits for the devices; None where the backend limits itself."""
+    def in_flight(self) -> int | None:
+        """Steps that may be dispatched ahead of the devices; None where the backend limits itself."""
 
     @abc.abstractmethod
     def example(self, batch: Batch) -> Batch:

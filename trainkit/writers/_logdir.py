@@ -33,8 +33,8 @@ def claim(logdir: str | os.PathLike[str], kind: str, owner: object) -> pathlib.P
     with _lock:
         if key in _owners:
             raise ValueError(
-                f"logdir={os.fspath(logdir)!r} already has a live {kind} writer in this process; two would mix "
-                "their logs. Close the first one (close()), share it, or give the second its own folder."
+                f"logdir={os.fspath(logdir)!r} already has a live {kind} writer in this process; two would "
+                "mix their logs. Close the first one (close()), share it, or give the second its own folder."
             )
         _owners[key] = owner
     return folder
