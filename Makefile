@@ -39,7 +39,7 @@ lint: $(VENV)/.stamp-dev ## ruff: rules and format
 	$(BIN)/ruff check $(RUFF_PATHS)
 	$(BIN)/ruff format --check $(RUFF_PATHS)
 
-types: $(VENV)/.stamp-dev ## pyright on trainkit/ and examples/
+types: $(VENV)/.stamp-dev ## pyright on trainkit/
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test-single: $(VENV)/.stamp-dev ## the tests that need one device

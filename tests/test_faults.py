@@ -57,11 +57,12 @@ made.fit(endless, steps=100, eval_data=numbers(7), eval_every=tk.Every(steps=20)
     assert logged(tmp_path, "eval/loss") == [(20, 7.0)]
 
 
-def test_ctrl_c_closes_everything_and_is_raised(tmp_path):
-    code = """
+SIGNALLED = """
 def ready(info):
     if info.step == 20:
         print("ready", flush=True)
+        while hang:
+            pass
 
 def say(what):
     return lambda *args: print(what, *(type(arg).__name__ for arg in args[1:]), flush=True)
@@ -70,20 +71,51 @@ callbacks = [LogMetrics(every=tk.Every(steps=5)), Lambda(on_step=ready)]
 callbacks += [Lambda(on_exception=say("told"), close=say("closed"))]
 callbacks += [Lambda(on_fit_end=say("ended"), close=say("closed"))]
 made = trainer(*callbacks, logdir=sys.argv[1])
+before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_fit_after_the_running_step(tmp_path, name):
+    code = """
+hang = False
+result = made.fit(endless, steps=10**9, eval_data=numbers(7))
+assert before == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+print(result.stopped_by, result.step == int(result.state.step) == int(made.state.step), flush=True)
+# The state is whole and the folder free.
+print(made.fit(endless, steps=3).stopped_by, flush=True)
+"""
+    process = start(SIGNALLED + code, tmp_path)
+    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    process.send_signal(getattr(signal, name))
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    lines = stdout.splitlines()
+    assert lines[:4] == ["ended", "closed", "closed", f"{name} True"]
+    assert lines[-1] == "None"
+    assert logged(tmp_path, "train/loss")[:4] == means(5, 10, 15, 20)
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert not any("eval/loss" in row.get("scalars", {}) for row in rows)
+
+
+def test_a_second_ctrl_c_is_raised_at_once(tmp_path):
+    code = """
+hang = True
 try:
     made.fit(endless, steps=10**9)
 except KeyboardInterrupt:
-    # The folder is free again.
     tk.writers.open_writer(sys.argv[1]).close()
     print("raised", flush=True)
 """
-    process = start(code, tmp_path)
+    process = start(SIGNALLED + code, tmp_path)
     assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert stdout.splitlines() == ["told KeyboardInterrupt", "closed", "closed", "raised"]
-    # The row of step 20 may be the one whose writing was interrupted; what came before is there.
     assert logged(tmp_path, "train/loss")[:3] == means(5, 10, 15)
 
 

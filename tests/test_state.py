@@ -125,7 +125,7 @@ def test_apply_gradients_takes_updated_collections(model, variables):
     assert_same(new.params, jax.tree.map(lambda p: p - 0.5, state.params))
     only_counts = state.replace_model_state({"counts": {"seen": jnp.ones(())}})
     assert_same(only_counts.batch_stats, state.batch_stats)
-    with pytest.raises(ValueError, match="only|other collections"):
+    with pytest.raises(ValueError, match="other collections"):
         state.replace_model_state({"params": {}})
 
 

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 import trainkit as tk
 from tests.compare import assert_same
-from tests.digits import CLASSES, Metrics, Net, NetTrainer, arrays, batches
+from tests.digits import CLASSES, Net, NetTrainer, arrays, batches
 
 
 def start(model, tx, batch, seed=0):

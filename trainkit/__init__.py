@@ -1,9 +1,13 @@
-"""trainkit: training for JAX and Flax. You write a model and a loss; it owns the state, the step, the loop and the logs."""
+"""trainkit: training for JAX and Flax.
 
-from trainkit import callbacks, data, hooks, metrics, parallel, writers
+You write a model and a loss; it owns the state, the step, the loop and the logs.
+"""
+
+from trainkit import callbacks, data, export, hooks, metrics, parallel, writers
 from trainkit._context import StepContext
 from trainkit._history import History
 from trainkit._result import FitResult
+from trainkit._serialize import load, save
 from trainkit._state import TrainState
 from trainkit._trainer import Trainer
 from trainkit._version import __version__
@@ -24,8 +28,11 @@ __all__ = [
     "__version__",
     "callbacks",
     "data",
+    "export",
     "hooks",
+    "load",
     "metrics",
     "parallel",
+    "save",
     "writers",
 ]

@@ -22,7 +22,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
             f"callbacks={callbacks!r}: expected a list; write callbacks=[{type(callbacks).__name__}(...)]."
         )
     for callback in callbacks:
-        if inspect.isclass(callback):
+        if isinstance(callback, type):
             raise TypeError(
                 f"callbacks has the class {callback.__name__}; pass an object, {callback.__name__}(...)."
             )
@@ -79,7 +79,7 @@ def check_length(epochs: int | None, steps: int | None) -> None:
             raise ValueError(f"{name}={value!r}: must be an int of at least 1.")
 
 
-def evaluations(eval_data: Any) -> dict[str, Source]:
+def eval_sources(eval_data: Any) -> dict[str, Source]:
     """Returns the evaluation sources by name."""
     if eval_data is None:
         return {}

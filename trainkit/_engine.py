@@ -133,6 +133,16 @@ class Engine:
             self.strategy, rows=rows, may_be_partial=True, exact=True, what="prediction"
         )
 
+    def prediction(self, state: TrainState) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:
+        """Returns a pure function of `(state, batch)` that predicts on one device, and the state it takes."""
+        impl, axis = key_impl(state), self.strategy.replica_axis
+
+        def predict(state: TrainState, batch: Batch) -> PyTree:
+            return self.steps.prediction(impl, state, batch, None)
+
+        bare = with_raw_key(state.replace(opt_state=(), hooks={}))
+        return (predict if axis is None else _as_only_replica(predict, axis)), bare
+
     def averaged(self, state: TrainState) -> TrainState:
         """Returns `state` with the averaged weights in place where a callback keeps an average, else `state`."""
         memory = find_ema(state)
@@ -174,3 +184,13 @@ class Engine:
             run = compiled(functools.partial(step, accumulator, impl))
             self._prepared[key] = run, accumulator, self.strategy.replicate(accumulator.empty())
         return Prepared(*self._prepared[key], feed)
+
+
+def _as_only_replica(fn: Callable[..., PyTree], axis: str) -> Callable[..., PyTree]:
+    """Returns `fn` with the axis of the replicas bound, of size 1."""
+
+    def alone(*args: Any) -> PyTree:
+        mapped = jax.vmap(lambda _, *inner: fn(*inner), in_axes=(0, *(None for _ in args)), axis_name=axis)
+        return jax.tree.map(lambda leaf: leaf[0], mapped(jnp.zeros(1), *args))
+
+    return alone

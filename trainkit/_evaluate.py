@@ -5,7 +5,7 @@ Owns the two passes; not when they happen.
 
 import collections
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,8 +25,12 @@ _STEPS_PER_SEGMENT = 512
 _FETCH_BEHIND = 4
 
 
-def evaluate(engine: Engine, state: TrainState, source: Source) -> dict[str, Any]:
+def evaluate(
+    engine: Engine, state: TrainState, source: Source, interrupted: Callable[[], bool] = lambda: False
+) -> dict[str, Any] | None:
     """Returns the metrics of `state` over one pass of `source`, floats or NumPy arrays by name.
+
+    It is None where `interrupted` said so between two batches.
 
     Raises:
         ValueError: the source is empty.
@@ -39,6 +43,8 @@ def evaluate(engine: Engine, state: TrainState, source: Source) -> dict[str, Any
     carry, segments, given = prepared.empty, [], 0
     rows = _Rows(engine)
     for number, batch in enumerate(batches, start=1):
+        if interrupted():
+            return None
         fed = prepared.feed.place(batch)
         carry, collected = prepared.step(state, carry, fed.batch, fed.mask)
         given += fed.real

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from trainkit._dispatch import Dispatcher, before_checkpoints, checkpoints
 from trainkit._engine import Engine, key_impl
 from trainkit._evaluate import evaluate
+from trainkit._feed import Fed
 from trainkit._history import History
+from trainkit._interrupts import Interrupts
 from trainkit._result import FitResult
 from trainkit._state import TrainState
 from trainkit._step import with_raw_key, with_typed_key
@@ -81,11 +83,13 @@ class Loop:
         progress: Progress,
         writer: MetricWriter,
         history: History,
+        interrupts: Interrupts,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._raw, self._impl, self.progress = with_raw_key(state), key_impl(state), progress
         self.stopped_by: str | None = None
         self._engine, self._request, self._history, self._clock = engine, request, history, clock
+        self._interrupts = interrupts
         self._batches: Iterator[Batch] | None = itertools.chain([first], batches)
         self._prepared = engine.prepare_train(state, request.source, first)
         self._step = int(state.step)
@@ -194,9 +198,9 @@ class Loop:
             batches = iter(self._request.source.batches(self.progress.epoch - 1, self.progress.batch))
         return batches
 
-    def _run_pass(self, batches: Iterator[Batch]) -> None:
+    def _run_pass(self, batches: Iterator[Any]) -> None:
         feed, step, metrics = self._prepared.feed, self._prepared.step, self._metrics
-        place = feed.place
+        place: Callable[[Any], Fed] = feed.place
         if self._request.accumulate > 1:
             batches, place = _grouped(batches, self._request.accumulate), feed.place_group
         timed = self._steppers.timed or self._evaluations.timed
@@ -206,7 +210,7 @@ class Loop:
                 f"the training source gave no batch in epoch {self.progress.epoch}. It must give batches for every "
                 "epoch; an iterator that is used up can be wrapped in a function that opens a new one."
             )
-        due = self._due()
+        due, interrupts = self._due(), self._interrupts
         while batch is not _END:
             try:
                 fed = place(batch)
@@ -218,7 +222,7 @@ class Loop:
             self.progress.batch += fed.batches
             # Looking one batch ahead tells whether this was the last step of the pass, and overlaps the step.
             batch = next(batches, _END)
-            if self._step >= due or batch is _END or timed:
+            if self._step >= due or batch is _END or timed or interrupts.received:
                 if batch is _END:
                     self.progress.batch = 0
                 self._at_step(pass_done=batch is _END)
@@ -232,6 +236,7 @@ class Loop:
         return min(self._steppers.next_step, self._evaluations.next_step, self._chores.next_step, end)
 
     def _at_step(self, *, pass_done: bool) -> None:
+        self._stop_if_interrupted()
         epoch = self.progress.epoch if pass_done else None
         now = self._clock()
         steppers = self._steppers.take_due(self._step, epoch, now)
@@ -241,20 +246,27 @@ class Loop:
         self._dispatch.call_each("on_step", before_checkpoints(steppers))
         # Told nothing else, a fit that ends inside a pass is evaluated where it ends.
         ending = self._request.eval_every is None and self._finished()
-        if self._request.evaluations and (evaluations or ending):
+        if self._request.evaluations and (evaluations or ending) and self._interrupts.received is None:
             self._evaluate()
         self._dispatch.call_each("on_step", checkpoints(steppers))
+
+    def _stop_if_interrupted(self) -> None:
+        if self._interrupts.received is not None:
+            self.stopped_by = self.stopped_by or self._interrupts.received
 
     # Evaluation -----------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
         self._dispatch.call("on_eval_start")
         state = self._engine.averaged(self.state)
-        self._eval_metrics = {
-            f"{name}/{metric}": value
-            for name, source in self._request.evaluations.items()
-            for metric, value in evaluate(self._engine, state, source).items()
-        }
+        metrics: dict[str, Any] = {}
+        for name, source in self._request.evaluations.items():
+            values = evaluate(self._engine, state, source, lambda: self._interrupts.received is not None)
+            if values is None:
+                self._stop_if_interrupted()
+                return
+            metrics |= {f"{name}/{metric}": value for metric, value in values.items()}
+        self._eval_metrics = metrics
         self._dispatch.call("on_eval_end")
         self._eval_metrics = NO_METRICS
 

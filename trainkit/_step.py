@@ -1,6 +1,7 @@
 """The pure steps: initialise, train, evaluate, predict. Runs the hooks; owns no loop and no device layout."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -186,19 +187,19 @@ class Steps:
         return Updated(new_state, loss, None, [{"mask": _all_real(batch), **outputs}], per_example=False)
 
     def _update(self, state: TrainState, parts: Parts) -> Updated:
-        examples = self._examples(parts)
-        model_state, loss, grads, outputs, losses = state.model_state, None, None, [], None
+        examples, model_state, passes = self._examples(parts), state.model_state, []
         for index, (batch, mask) in enumerate(parts):
             key = _step_key(state) if self._accumulate == 1 else jax.random.fold_in(_step_key(state), index)
-            one = self._pass(state, model_state, batch, mask, key, examples)
-            model_state = {**model_state, **one.updated}
-            so_far = (one.loss, one.grads)
-            loss, grads = so_far if grads is None else jax.tree.map(jnp.add, (loss, grads), so_far)
-            outputs.append(self._for_metrics(one.losses, one.outputs, batch, mask))
-            losses = one.losses
-        assert loss is not None and losses is not None
-        loss, grads = self._strategy.sum((loss, grads))
-        return self._apply(state, Updated(state, loss, grads, outputs, losses.ndim == 1), model_state)
+            passes.append(self._pass(state, model_state, batch, mask, key, examples))
+            model_state = {**model_state, **passes[-1].updated}
+        shares = [(one.loss, one.grads) for one in passes]
+        loss, grads = self._strategy.sum(functools.reduce(functools.partial(jax.tree.map, jnp.add), shares))
+        outputs = [
+            self._for_metrics(one.losses, one.outputs, batch, mask)
+            for one, (batch, mask) in zip(passes, parts, strict=True)
+        ]
+        done = Updated(state, loss, grads, outputs, passes[0].losses.ndim == 1)
+        return self._apply(state, done, model_state)
 
     def _apply(self, state: TrainState, done: Updated, model_state: dict[str, Any]) -> Updated:
         merged = self._strategy.merge_collections(model_state)
@@ -288,6 +289,10 @@ class Steps:
     def predict(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
         """Outputs of `predict_step` for one batch, leaves `[batch, ...]`."""
         self.traces.record("prediction", {"state": state, "batch": batch, "mask": mask})
+        return self.prediction(impl, state, batch, mask)
+
+    def prediction(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
+        """As `predict`, for a program of its own: it takes no part in the report of what compiles again."""
         state = with_typed_key(state, impl)
 
         def forward(variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array) -> Any:
@@ -325,7 +330,7 @@ class Steps:
         """Runs the evaluation step abstractly, as `inspect_train`."""
         found: dict[str, Any] = {}
 
-        def run(state: TrainState, batch: Batch) -> jax.Array:
+        def run(state: TrainState, batch: Batch) -> Any:
             per_example = True
             if self._user.eval_step is None:
                 losses, outputs = self._eval_forward(state, batch, None)

@@ -1,10 +1,8 @@
 """`Trainer`: the surface that users subclass, and the wiring behind it. Owns no step and no order of events."""
 
 import functools
-import inspect
-import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, final
 
 import clu.metrics
@@ -17,7 +15,7 @@ from trainkit._arguments import (
     check_callbacks,
     check_length,
     check_metrics,
-    evaluations,
+    eval_sources,
     peek,
     with_defaults,
 )
@@ -25,6 +23,7 @@ from trainkit._context import StepContext
 from trainkit._engine import Engine
 from trainkit._evaluate import evaluate, predict
 from trainkit._history import History
+from trainkit._interrupts import Interrupts
 from trainkit._loop import Loop, Progress, Request
 from trainkit._model import LinenModel
 from trainkit._overview import overview
@@ -37,8 +36,7 @@ from trainkit._tree import copy_arrays
 from trainkit._typing import Batch, Outputs, PyTree
 from trainkit._when import Cadence, as_cadence
 from trainkit.callbacks._callback import Callback
-from trainkit.callbacks._log_metrics import LogMetrics
-from trainkit.data._source import Source, as_source
+from trainkit.data._source import as_source
 from trainkit.metrics._accumulator import LossMetrics
 from trainkit.parallel._resolve import resolve_strategy
 from trainkit.parallel._strategy import Strategy
@@ -241,6 +239,9 @@ class Trainer:
     ) -> FitResult:
         """Trains, and returns what came of it. A second call continues where the first ended.
 
+        SIGTERM and Ctrl-C let the running step finish, close everything and return with `stopped_by` set; a
+        second Ctrl-C raises KeyboardInterrupt at once.
+
         Args:
             data: `tk.data.Arrays`, any other source or re-iterable of batches, or a function returning an iterator.
             epochs: int >= 1, passes over `data`; or
@@ -258,14 +259,15 @@ class Trainer:
         check_length(epochs, steps)
         if eval_every is not None:
             as_cadence(eval_every, "eval_every")
-        source, evaluations = as_source(data), evaluations(eval_data)
+        source, evaluations = as_source(data), eval_sources(eval_data)
         self._aim_at(data)
         request = Request(
             source, epochs, steps, evaluations, eval_every, self._accumulate, self._callbacks, self._logdir
         )
         first, batches = peek(source, self._progress)
         state = self._begin(first)
-        with open_writers(self._logdir, self._writers, self._history) as writer:
+        interrupts = Interrupts()
+        with interrupts.listening(), open_writers(self._logdir, self._writers, self._history) as writer:
             loop = Loop(
                 self._engine,
                 request,
@@ -275,6 +277,7 @@ class Trainer:
                 progress=self._progress,
                 writer=writer,
                 history=self._history,
+                interrupts=interrupts,
             )
             try:
                 result = loop.run()
@@ -293,7 +296,9 @@ class Trainer:
         Returns:
             Floats by name, NumPy arrays for metrics that are not scalars.
         """
-        return evaluate(self._engine, self._weights(weights), as_source(data))
+        metrics = evaluate(self._engine, self._weights(weights), as_source(data))
+        assert metrics is not None  # nothing interrupts it here
+        return metrics
 
     @final
     def predict(self, data: Any, *, weights: Literal["ema", "live"] = "ema") -> PyTree:
@@ -311,6 +316,13 @@ class Trainer:
         return overview(self.state, self._strategy.describe())
 
     # Wiring ---------------------------------------------------------------------------------------------------
+
+    @final
+    def _exportable(
+        self, weights: Literal["ema", "live"]
+    ) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:
+        """What `tk.export` takes: a pure function of `(arrays, batch)` that predicts, and its arrays."""
+        return self._engine.prediction(self._weights(weights))
 
     @final
     @functools.cached_property

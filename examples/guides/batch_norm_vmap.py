@@ -51,7 +51,7 @@ def samples(rows: int = 32, seed: int = 0):
 # start: main
 def main():
     data, unseen = samples(), samples(seed=1)
-    trainer = OneExample(MLP(), optax.adam(1e-2), strategy="vmap")
+    trainer = OneExample(MLP(), optax.sgd(0.05, momentum=0.9), strategy="vmap")
     state = trainer.fit([data], steps=100).state
     # The statistics have no batch dimension; evaluation uses them in place of those of the batch.
     print("mean", jax.tree.map(np.shape, state.batch_stats["BatchNorm_0"]))

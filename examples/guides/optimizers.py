@@ -39,7 +39,7 @@ def kernels(params):
 
 def by_part(params):
     """Returns the name of the optimizer of each leaf."""
-    return {part: jax.tree.map(lambda _: part, leaves) for part, leaves in params.items()}
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, params)
 
 
 def recipes() -> dict[str, optax.GradientTransformation]:
@@ -53,7 +53,9 @@ def recipes() -> dict[str, optax.GradientTransformation]:
         ),
         "clipped": optax.chain(optax.clip(0.1), optax.sgd(0.1, momentum=0.9)),
         "masked": optax.adamw(1e-2, weight_decay=0.1, mask=kernels),
-        "frozen body": optax.multi_transform({"head": optax.adam(1e-2), "body": optax.set_to_zero()}, by_part),
+        "frozen body": optax.multi_transform(
+            {"head": optax.adam(1e-2), "body": optax.set_to_zero()}, by_part
+        ),
         "injected": optax.inject_hyperparams(optax.adam)(learning_rate=SCHEDULE),
         "every second": optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2).gradient_transformation(),
     }

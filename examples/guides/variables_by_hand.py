@@ -64,13 +64,13 @@ def samples(rows: int = 32, seed: int = 0):
 
 
 # start: main
-def main(callbacks: tuple[tk.callbacks.Callback, ...] = ()):
+def main():
     old, new = samples(), samples(seed=1)
     # Between two steps of one fit a callback returns what is to become of the state.
     refresh = tk.callbacks.Lambda(
         every=tk.At(steps=(10,)), on_step=lambda info: tk.Update(with_fresh_statistics)
     )
-    trainer = Regression(Net(), optax.adam(1e-2), callbacks=[refresh, *callbacks])
+    trainer = Regression(Net(), optax.adam(1e-2), callbacks=[refresh])
     trainer.fit([old], steps=20)
     print("mean of the input of the norm", np.round(trainer.state.batch_stats["norm"]["mean"][:3], 3))
 

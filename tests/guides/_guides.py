@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 import trainkit as tk
 from tests.compare import assert_same
@@ -35,6 +36,20 @@ class Record(tk.callbacks.Callback):
         state = info.state
         self.trees.append(jax.device_get((state.params, state.opt_state, state.model_state)))
         self.losses.append(info.metrics["train/loss"])
+
+
+def recorded(main, **arguments):
+    """Runs `main` of an example, and returns its result, its trainers and the record of each."""
+    plain, trainers, records = tk.Trainer.__init__, [], []
+
+    def init(self, model, tx, *, callbacks=(), **options):
+        trainers.append(self)
+        records.append(Record())
+        plain(self, model, tx, callbacks=[*callbacks, records[-1]], **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tk.Trainer, "__init__", init)
+        return main(**arguments), trainers, records
 
 
 def largest_difference(record, by_hand):

@@ -1,5 +1,9 @@
 """Gradient descent on a linear model, against the loop written by hand."""
 
+import itertools
+
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +11,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from tests.guides._guides import Record, keys, load
+from tests.guides._guides import keys, load, recorded
 
 guide = load("linear_regression")
 
@@ -35,31 +39,30 @@ def by_hand(tx, data, steps):
         yield params, opt_state, {}, value
 
 
-@pytest.mark.parametrize("make", [optax.sgd, optax.adam])
-def test_every_step_is_that_of_the_loop_by_hand(make, check):
-    (data, _), tx, record = guide.samples(), make(0.3), Record()
-    trainer = guide.LinearRegression(nn.Dense(5), tx, strategy="vmap", callbacks=[record])
-    trainer.fit([data], steps=101)
-    check(record, list(by_hand(tx, data, 101)))
+@pytest.fixture(scope="module")
+def ran():
+    return recorded(guide.main)
 
 
-def test_sgd_is_the_subtraction_of_scaled_gradients():
-    (data, _), record = guide.samples(), Record()
-    trainer = guide.LinearRegression(nn.Dense(5), optax.sgd(0.3), strategy="vmap", callbacks=[record])
-    params = jax.device_get(trainer.init(data).params)
-    trainer.fit([data], steps=5)
+@pytest.mark.parametrize("index", [0, 1], ids=["sgd", "adam"])
+def test_every_step_is_that_of_the_loop_by_hand(index, ran, check):
+    tx = (optax.sgd, optax.adam)[index](0.3)
+    check(ran[2][index], list(by_hand(tx, guide.samples()[0], 101)))
+
+
+def test_sgd_is_the_subtraction_of_scaled_gradients(ran):
+    (data, _), steps = guide.samples(), ran[2][0].trees
     x, y = data["x"].astype(np.float64), data["y"].astype(np.float64)
-    for got, _, _ in record.trees:
-        error = x @ params["kernel"] + params["bias"] - y
+    for (before, _, _), (after, _, _) in itertools.pairwise(steps[:6]):
+        error = x @ before["kernel"] + before["bias"] - y
         slopes = {"kernel": x.T @ error / len(x), "bias": error.mean(axis=0)}
-        params = {name: value - 0.3 * slopes[name] for name, value in params.items()}
-        for name, value in params.items():
-            np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-6)
+        for name, slope in slopes.items():
+            np.testing.assert_allclose(after[name], before[name] - 0.3 * slope, rtol=1e-5, atol=1e-6)
 
 
-def test_the_learned_parameters_fit_the_samples_better_than_the_true_ones():
+def test_the_learned_parameters_fit_the_samples_better_than_the_true_ones(ran):
     data, truth = guide.samples()
-    losses = guide.main()
+    losses = ran[0]
     error = data["x"].astype(np.float64) @ truth["kernel"] + truth["bias"] - data["y"]
     assert losses["truth"] == pytest.approx(0.5 * (error**2).sum(axis=1).mean(), rel=1e-5)
     assert losses["SGD"] < losses["truth"]

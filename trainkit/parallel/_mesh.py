@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, final
 
+import jax
 import jax.numpy as jnp
 
 from trainkit._typing import Batch, Device

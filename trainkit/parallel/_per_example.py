@@ -54,8 +54,10 @@ class PerExample(Spmd):
             except ValueError as error:
                 if "out_axes is None" not in str(error):
                     raise
+                # Closed over: what eval_shape is given it traces, and axes must stay Python numbers.
                 names = _differing(
-                    jax.eval_shape(over_rows, 0)[2], lambda axes: jax.eval_shape(over_rows, axes)
+                    jax.eval_shape(lambda: over_rows(0))[2],
+                    lambda axes: jax.eval_shape(lambda: over_rows(axes)),
                 )
                 raise ValueError(
                     f"{', '.join(names)} differ between the examples of a batch, so there is no one value to keep. "

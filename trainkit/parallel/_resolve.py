@@ -1,7 +1,5 @@
 """From what a user passes as `strategy=` to a `Strategy`."""
 
-import inspect
-
 from trainkit.parallel._mesh import Mesh
 from trainkit.parallel._per_example import PerExample
 from trainkit.parallel._pmap import Pmap
@@ -20,7 +18,7 @@ def resolve_strategy(strategy: str | Strategy) -> Strategy:
     if isinstance(strategy, Strategy):
         return strategy
     names = ", ".join(map(repr, _BY_NAME))
-    if inspect.isclass(strategy):
+    if isinstance(strategy, type):
         raise TypeError(
             f"strategy={strategy.__name__}: got the class; pass an object, {strategy.__name__}()."
         )

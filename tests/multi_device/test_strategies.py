@@ -1,0 +1,215 @@
+"""Every strategy equals a loop written by hand for one device; a new strategy joins with one line in `STRATEGIES`."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import trainkit as tk
+from tests.compare import assert_same
+from tests.digits import CLASSES, Net, NetTrainer, arrays
+
+# Sums over devices are taken in another order: after 20 steps that is this much in float32 and no more.
+CLOSE = {"rtol": 5e-4, "atol": 5e-6}
+DECAY, STEPS = 0.9, 20
+KEEP_EACH_STEP = tk.Every(steps=1)
+
+
+class Cnn(nn.Module):
+    """A convolution with batch statistics."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(8, (3, 3))(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name)(x)
+        x = nn.relu(x).mean(axis=(-3, -2))
+        return nn.Dense(CLASSES)(x)
+
+
+class Transformer(nn.Module):
+    """One block over six tokens."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Embed(12, 8)(x)
+        x = x + jnp.broadcast_to(self.param("positions", nn.initializers.normal(0.1), (6, 8)), x.shape)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
+        x = x + nn.Dense(8, name="down")(nn.gelu(nn.Dense(16, name="up")(nn.LayerNorm()(x))))
+        return nn.Dense(CLASSES)(nn.LayerNorm()(x).mean(axis=-2))
+
+
+def images(rows, seed):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, CLASSES, rows).astype(np.int32)
+    x = rng.normal(size=(rows, 6, 6, 1)) + 0.5 * y[:, None, None, None]
+    return {"x": x.astype(np.float32), "y": y}
+
+
+def tokens(rows, seed):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, CLASSES, rows).astype(np.int32)
+    return {"x": ((rng.integers(0, 6, (rows, 6)) + 2 * y[:, None]) % 12).astype(np.int32), "y": y}
+
+
+def cut(make, *sizes):
+    return [make(rows, seed) for seed, rows in enumerate(sizes)]
+
+
+# With batch statistics nothing is padded, and replicas take only batches that divide. Else the last batch of
+# each pass leaves devices with one real example, and some with none.
+MODELS = {
+    "mlp": (Net(norm=False, rate=0.0), cut(arrays, 16, 16, 16, 5)),
+    "cnn": (Cnn(axis_name="batch"), cut(images, 16, 16, 16)),
+    "transformer": (Transformer(), cut(tokens, 16, 16, 9)),
+}
+RULES = {
+    "mlp": [(r"Dense_0/kernel", (None, "tensor")), (r"Dense_1/kernel", ("tensor", None))],
+    "cnn": [(r"Conv_0/kernel", (None, None, None, "tensor")), (r"Dense_0/kernel", ("tensor", None))],
+    "transformer": [
+        (r"(query|key|value)/kernel", (None, "tensor", None)),
+        (r"out/kernel", ("tensor", None, None)),
+        (r"up/kernel", (None, "tensor")),
+        (r"down/kernel", ("tensor", None)),
+    ],
+}
+MESHES = {
+    "one device": lambda rules: tk.parallel.Mesh(devices=jax.devices()[:1]),
+    "data=8": lambda rules: tk.parallel.Mesh(),
+    "data=2, fsdp=4": lambda rules: tk.parallel.Mesh(fsdp=4),
+    "fsdp=8": lambda rules: tk.parallel.Mesh(fsdp=8),
+    "data=4, tensor=2": lambda rules: tk.parallel.Mesh(tensor=2, rules=rules),
+    "fsdp=4, tensor=2": lambda rules: tk.parallel.Mesh(fsdp=4, tensor=2, rules=rules),
+}
+STRATEGIES = {
+    **MESHES,
+    "per example": lambda rules: tk.parallel.PerExample(),
+    "pmap": lambda rules: tk.parallel.Pmap(),
+}
+ACCUMULATED = ("mlp", "cnn")
+CELLS = [(name, model, 1) for model in MODELS for name in STRATEGIES]
+CELLS += [(name, model, 2) for model in ACCUMULATED for name in STRATEGIES]
+
+
+# The loop by hand -------------------------------------------------------------------------------------------
+
+
+def without_axis(model):
+    return model.clone(axis_name=None) if getattr(model, "axis_name", None) else model
+
+
+@functools.partial(jax.jit, static_argnames="apply_fn")
+def hand_pass(apply_fn, variables, batch, key):
+    """Mean loss, logits, changed collections and gradients of one batch."""
+    fixed = {name: value for name, value in variables.items() if name != "params"}
+
+    def loss(params):
+        logits, updated = apply_fn(
+            {**fixed, "params": params}, batch["x"], train=True, rngs={"dropout": key}, mutable=list(fixed)
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean(), (logits, updated)
+
+    (value, (logits, updated)), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    return value, logits, updated, grads
+
+
+class Run:
+    """What a loop by hand makes of `STEPS` updates from groups of batches, and what it logs."""
+
+    def __init__(self, model, groups):
+        model, tx = without_axis(model), optax.sgd(0.05, momentum=0.9)
+        init_rng, self.rng = jax.random.split(jax.random.key(0))
+        start = jax.jit(functools.partial(model.init, train=False))(init_rng, groups[0][0]["x"])
+        self.params, self.stats = start["params"], start.get("batch_stats", {})
+        self.opt_state, self.losses, self.accuracies = tx.init(self.params), [], []
+        self.average = (self.params, self.stats)
+        for step in range(STEPS):
+            grads = self._group(model, groups[step % len(groups)], jax.random.fold_in(self.rng, step))
+            updates, self.opt_state = tx.update(grads, self.opt_state, self.params)
+            self.params = optax.apply_updates(self.params, updates)
+            self.average = jax.tree.map(
+                lambda e, p: DECAY * e + (1 - DECAY) * p, self.average, (self.params, self.stats)
+            )
+
+    def _group(self, model, group, key):
+        total, loss, right, grads = sum(len(batch["y"]) for batch in group), 0.0, 0, None
+        for index, batch in enumerate(group):
+            own = key if len(group) == 1 else jax.random.fold_in(key, index)
+            stats = {"batch_stats": self.stats} if self.stats else {}
+            value, logits, updated, grad = hand_pass(model.apply, {"params": self.params, **stats}, batch, own)
+            share = len(batch["y"]) / total
+            grad = jax.tree.map(lambda leaf, share=share: leaf * share, grad)
+            grads = grad if grads is None else jax.tree.map(jnp.add, grads, grad)
+            loss, right = loss + share * float(value), right + int((logits.argmax(-1) == batch["y"]).sum())
+            self.stats = updated.get("batch_stats", {})
+        self.losses.append(loss)
+        self.accuracies.append(right / total)
+        return grads
+
+
+@functools.cache
+def by_hand(name, accumulate):
+    model, data = MODELS[name]
+    return Run(model, [data[index : index + accumulate] for index in range(0, len(data), accumulate)])
+
+
+# The table --------------------------------------------------------------------------------------------------
+
+TABLE = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _table():
+    """Prints the largest difference of each cell, for those who run this with -s."""
+    yield
+    columns = [*MODELS, *(f"{name} k=2" for name in ACCUMULATED)]
+    print(f"\n{'':<18}" + "".join(f"{column:>13}" for column in columns))
+    for name in STRATEGIES:
+        found = [TABLE.get((name, column)) for column in columns]
+        print(f"{name:<18}" + "".join(f"{'' if v is None else f'{v:.1e}':>13}" for v in found))
+
+
+def largest_difference(actual, expected):
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    return max(float(np.abs(np.asarray(a) - np.asarray(b)).max(initial=0)) for a, b in pairs)
+
+
+def fit(strategy, name, accumulate=1):
+    model, data = MODELS[name]
+    callbacks = [tk.callbacks.EMA(DECAY), tk.callbacks.LogMetrics(every=KEEP_EACH_STEP)]
+    made = NetTrainer(
+        model,
+        optax.sgd(0.05, momentum=0.9),
+        strategy=strategy,
+        callbacks=callbacks,
+        accumulate=accumulate,
+    )
+    return made, made.fit(data, steps=STEPS)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name", "accumulate"), CELLS, ids=lambda value: str(value).replace(", ", "-")
+)
+def test_equals_one_device(strategy, name, accumulate):
+    expected = by_hand(name, accumulate)
+    made, result = fit(STRATEGIES[strategy](RULES[name]), name, accumulate)
+    state, ema = result.state, result.state.hooks["ema"]
+    got = jax.device_get((state.params, state.opt_state, state.batch_stats, (ema.params, ema.batch_stats)))
+    losses, accuracies = (
+        np.array([value for _, value in result.history[key]]) for key in ("train/loss", "train/accuracy")
+    )
+    wanted = (expected.params, expected.opt_state, expected.stats, expected.average)
+    column = name if accumulate == 1 else f"{name} k=2"
+    TABLE[strategy, column] = largest_difference((*got, losses), (*wanted, np.array(expected.losses)))
+    assert_same(got, jax.device_get(wanted), **CLOSE)
+    assert_same(state.rng, expected.rng)
+    np.testing.assert_allclose(losses, expected.losses, rtol=2e-4)
+    # float32 on the device, so a third of 16 is not a third to the last bit.
+    np.testing.assert_allclose(accuracies, expected.accuracies, rtol=1e-6)
+    assert int(ema.count) == result.step == STEPS
+    assert made._engine.steps.traces.count("training") == (2 if accumulate == 2 else 1)

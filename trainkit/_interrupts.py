@@ -1,0 +1,44 @@
+"""SIGTERM and Ctrl-C during a fit: noted by a handler, read by the loop between steps. Owns the handlers."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupts:
+    """What the process was asked while a fit runs.
+
+    Attributes:
+        received: name of the first signal, e.g. `"SIGTERM"`, None before one came.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Installs the handlers in the main thread, and puts back what was there.
+
+        A step takes the buffers of the state it is given, so an exception between two bytecodes could lose the
+        state: the first signal is only noted. A second Ctrl-C raises KeyboardInterrupt at once.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        # What is ignored, as by nohup, stays ignored; a handler set in C can't be put back.
+        ours = [one for one in _SIGNALS if signal.getsignal(one) not in (signal.SIG_IGN, None)]
+        before = {one: signal.signal(one, self._note) for one in ours}
+        try:
+            yield
+        finally:
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == "SIGINT" and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number).name
