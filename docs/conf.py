@@ -13,8 +13,8 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-# The last two wait for their packages.
-exclude_patterns = ["_build", "api/checkpoint.md", "api/testing.md"]
+# The last one waits for its package.
+exclude_patterns = ["_build", "api/checkpoint.md"]
 source_suffix = {".md": "markdown"}
 # Docstrings write code in single backticks, as Markdown does.
 default_role = "code"

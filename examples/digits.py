@@ -8,6 +8,7 @@ import argparse
 import functools
 import pathlib
 import time
+from typing import Any
 
 import flax
 import jax
@@ -23,7 +24,7 @@ from sklearn.model_selection import train_test_split
 
 import trainkit as tk
 
-Examples = dict[str, np.ndarray]
+Examples = dict[str, Any]
 """`image` float32 [examples, height, width, 1] in [0, 1], and `label` int32 [examples]."""
 
 
@@ -115,7 +116,7 @@ def read_mnist(folder: pathlib.Path, part: str, limit: int | None) -> Examples |
 def load(folder: pathlib.Path | None, limit: int | None) -> tuple[Examples, Examples]:
     """Returns the examples to train with, and those held out to test with."""
     if folder is None:
-        digits = load_digits()
+        digits: Any = load_digits()
         return hold_out(examples_of(digits.images[:limit], digits.target[:limit]), 1 / 5)
     train, test = read_mnist(folder, "train", limit), read_mnist(folder, "t10k", limit)
     if test is None:
@@ -145,7 +146,7 @@ def main() -> None:
         CNN(),
         optax.adam(schedule),
         seed=args.seed,
-        logdir=args.logdir / time.strftime("%Y-%m-%d_%H-%M-%S"),
+        logdir=args.logdir / time.strftime("%m%d-%H%M%S"),
         callbacks=[
             tk.callbacks.Progress(),
             tk.callbacks.EMA(0.98, debias=True),

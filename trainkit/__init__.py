@@ -3,7 +3,7 @@
 You write a model and a loss; it owns the state, the step, the loop and the logs.
 """
 
-from trainkit import callbacks, data, export, hooks, metrics, parallel, writers
+from trainkit import callbacks, data, export, hooks, metrics, parallel, testing, writers
 from trainkit._context import StepContext
 from trainkit._history import History
 from trainkit._result import FitResult
@@ -34,5 +34,6 @@ __all__ = [
     "metrics",
     "parallel",
     "save",
+    "testing",
     "writers",
 ]

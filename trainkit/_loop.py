@@ -204,7 +204,7 @@ class Loop:
         if self._request.accumulate > 1:
             batches, place = _grouped(batches, self._request.accumulate), feed.place_group
         timed = self._steppers.timed or self._evaluations.timed
-        batch = next(batches, _END)
+        batch: Any = next(batches, _END)
         if batch is _END:
             raise ValueError(
                 f"the training source gave no batch in epoch {self.progress.epoch}. It must give batches for every "

@@ -5,8 +5,9 @@ python examples/guides/serialization.py
 
 import pathlib
 import tempfile
+from typing import Any
 
-import flax
+import flax.serialization
 import jax
 import numpy as np
 import optax
@@ -36,7 +37,7 @@ def samples(rows: int = 32, seed: int = 0):
 
 
 # start: bytes
-def through_bytes(state: tk.TrainState, template: tk.TrainState) -> tk.TrainState:
+def through_bytes(state: tk.TrainState, template: tk.TrainState) -> Any:
     """Returns what `flax.serialization` makes of the whole state, its typed key included."""
     return flax.serialization.from_bytes(template, flax.serialization.to_bytes(state))
 

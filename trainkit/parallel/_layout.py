@@ -20,6 +20,9 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 """The axes a batch is divided over: fully sharded data parallelism is data parallelism too."""
 
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+"""Pairs of a regular expression and one axis name or None per dimension."""
+
 
 def make_mesh(sizes: Mapping[str, int | None], devices: Sequence[Device]) -> jax.sharding.Mesh:
     """Returns a mesh over `devices` with the axes `AXES`; `data=None` takes the devices that are left.
@@ -39,11 +42,24 @@ def make_mesh(sizes: Mapping[str, int | None], devices: Sequence[Device]) -> jax
     return jax.sharding.Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def check_axes(rules: Rules) -> None:
+    """Refuses rules that name an axis no mesh has.
+
+    Raises:
+        ValueError: names the rule and the axes there are.
+    """
+    for pattern, spec in rules:
+        unknown = [axis for axis in spec if axis is not None and axis not in AXES]
+        if unknown:
+            raise ValueError(f"the rule {pattern!r} names the axes {unknown}; the mesh has {AXES}.")
+
+
 class Layout:
     """Shardings of a train state on a mesh.
 
     In this order: Flax's own partitioning metadata (`nn.with_partitioning`), whose names are axes of the mesh;
-    the first of `rules` that matches the path; and for what is left the largest dimension that `fsdp` divides.
+    the first of `rules` that matches the path and has one entry per dimension; and for what is left the largest
+    dimension that `fsdp` divides.
 
     Args:
         mesh: with the axes `AXES`.
@@ -51,63 +67,89 @@ class Layout:
             one axis name or None per dimension.
     """
 
-    def __init__(self, mesh: jax.sharding.Mesh, rules: Sequence[tuple[str, tuple[str | None, ...]]]) -> None:
+    def __init__(self, mesh: jax.sharding.Mesh, rules: Rules) -> None:
         self._mesh = mesh
-        self._rules = [(re.compile(pattern), spec) for pattern, spec in rules]
+        self._rules = [(re.compile(pattern), tuple(spec)) for pattern, spec in rules]
 
     def shardings(self, state: PyTree) -> PyTree:
         """Returns a sharding for each leaf of `state`, which may be abstract."""
 
-        def of_box(path: tuple[Any, ...], leaf: Any) -> Any:
-            if not isinstance(leaf, nn.Partitioned):
-                return self._sharding(self._spec(path_name(path), leaf))
-            return leaf.replace(value=self._sharding(self._boxed_spec(path_name(path), leaf)))
+        def of(path: tuple[Any, ...], leaf: Any) -> Any:
+            if isinstance(leaf, nn.Partitioned):
+                return leaf.replace(value=self._sharding(self._boxed_spec(leaf)))
+            return self._sharding(self._spec(path_name(path), leaf))
 
-        return jax.tree_util.tree_map_with_path(
-            of_box, state, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
-        )
+        return jax.tree_util.tree_map_with_path(of, state, is_leaf=_is_box)
 
-    def check_rules(self, params: PyTree) -> None:
-        """Refuses a rule that matches no parameter.
+    def check(self, params: PyTree) -> None:
+        """Refuses parameters that cannot be laid out as the rules and their own metadata say.
 
         Raises:
-            ValueError: names the rules, and the parameters there are.
+            ValueError: a rule matches no parameter, metadata name an axis that no mesh has, or an axis does not
+                divide a dimension; names the parameter and its shape.
         """
-        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        idle = [rule.pattern for rule, _ in self._rules if not any(rule.search(name) for name in names)]
+        leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_box)
+        named = [(path_name(path), leaf) for path, leaf in leaves]
+        for name, leaf in named:
+            if isinstance(leaf, nn.Partitioned):
+                _check_box(name, leaf)
+                self._check_divides(name, _names(leaf), np.shape(leaf.value))
+            elif (spec := self._rule(name, leaf)) is not None:
+                self._check_divides(name, spec, np.shape(leaf))
+        self._check_idle([(name, np.shape(leaf)) for name, leaf in named if not _is_box(leaf)])
+
+    def _check_idle(self, named: list[tuple[str, tuple[int, ...]]]) -> None:
+        idle = [
+            f"({rule.pattern!r}, {spec})"
+            for rule, spec in self._rules
+            if not any(rule.search(name) and len(spec) == len(shape) for name, shape in named)
+        ]
         if idle:
-            raise ValueError(f"rules {idle} match no parameter; the parameters are {', '.join(names)}.")
-
-    def _sharding(self, spec: PartitionSpec) -> NamedSharding:
-        return NamedSharding(self._mesh, spec)
-
-    def _boxed_spec(self, name: str, box: nn.Partitioned) -> PartitionSpec:
-        unknown = [axis for axis in box.names if axis is not None and axis not in AXES]
-        if unknown:
+            there = ", ".join(f"{name} {list(shape)}" for name, shape in named)
             raise ValueError(
-                f"{name} is partitioned over the axes {unknown}; the mesh has {AXES}. Use these names in "
-                "nn.with_partitioning."
+                f"rules {', '.join(idle)} match no parameter; a rule needs a pattern found in the path and one entry "
+                f"per dimension. The parameters are {there}."
             )
-        return self._fitted(name, box.names, np.shape(box.value))
 
-    def _spec(self, name: str, leaf: Any) -> PartitionSpec:
-        shape = np.shape(leaf)
-        # Optimizer state and averages that mirror a parameter have its path as a suffix, and its shape.
-        parts = name.split("/")
-        suffixes = ["/".join(parts[start:]) for start in range(len(parts))]
-        for pattern, spec in self._rules:
-            if len(spec) == len(shape) and any(pattern.search(suffix) for suffix in suffixes):
-                return self._fitted(name, spec, shape)
-        return self._fully_sharded(shape) if jnp.issubdtype(leaf.dtype, jnp.inexact) else PartitionSpec()
-
-    def _fitted(self, name: str, spec: Sequence[str | None], shape: tuple[int, ...]) -> PartitionSpec:
+    def _check_divides(self, name: str, spec: Sequence[str | None], shape: tuple[int, ...]) -> None:
         for axis, size in zip(spec, shape, strict=True):
             if axis is not None and size % self._mesh.shape[axis]:
                 raise ValueError(
                     f"{name} has shape {list(shape)}, and {size} is not divisible by {axis}={self._mesh.shape[axis]}. "
-                    "Change the size of the layer or the rule."
+                    "Change the size of the layer, the rule or its partitioning."
                 )
-        return PartitionSpec(*spec)
+
+    def _sharding(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self._mesh, spec)
+
+    def _boxed_spec(self, box: nn.Partitioned) -> PartitionSpec:
+        shape = np.shape(box.value)
+        # The optimizer may keep values of another shape in the boxes of the parameters.
+        return self._fitted(_names(box), shape) or self._fully_sharded(shape)
+
+    def _spec(self, name: str, leaf: Any) -> PartitionSpec:
+        shape, spec = np.shape(leaf), self._rule(name, leaf)
+        fitted = None if spec is None else self._fitted(spec, shape)
+        if fitted is not None:
+            return fitted
+        return self._fully_sharded(shape) if jnp.issubdtype(leaf.dtype, jnp.inexact) else PartitionSpec()
+
+    def _rule(self, name: str, leaf: Any) -> tuple[str | None, ...] | None:
+        # Optimizer state and averages that mirror a parameter have its path as a suffix, and its shape.
+        parts = name.split("/")
+        suffixes = ["/".join(parts[start:]) for start in range(len(parts))]
+        for pattern, spec in self._rules:
+            if len(spec) == np.ndim(leaf) and any(pattern.search(suffix) for suffix in suffixes):
+                return spec
+        return None
+
+    def _fitted(self, spec: Sequence[str | None], shape: tuple[int, ...]) -> PartitionSpec | None:
+        if len(spec) != len(shape):
+            return None
+        divides = (
+            axis is None or size % self._mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=True)
+        )
+        return PartitionSpec(*spec) if all(divides) else None
 
     def _fully_sharded(self, shape: tuple[int, ...]) -> PartitionSpec:
         parts = self._mesh.shape["fsdp"]
@@ -120,3 +162,26 @@ class Layout:
             return PartitionSpec()
         dim = -max(sizes)[1]
         return PartitionSpec(*(None,) * dim, "fsdp")
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.Partitioned)
+
+
+def _names(box: nn.Partitioned) -> tuple[str | None, ...]:
+    """Returns one axis or None per dimension: what metadata leave out at the end is not divided."""
+    return (*box.names, *(None,) * (np.ndim(box.value) - len(box.names)))
+
+
+def _check_box(name: str, box: nn.Partitioned) -> None:
+    unknown = [axis for axis in box.names if axis is not None and axis not in AXES]
+    if unknown:
+        raise ValueError(
+            f"{name} is partitioned over the axes {unknown}; the mesh has {AXES}. Use these names in "
+            "nn.with_partitioning."
+        )
+    if len(box.names) > np.ndim(box.value):
+        raise ValueError(
+            f"{name} has shape {list(np.shape(box.value))} and is partitioned by {box.names}: nn.with_partitioning "
+            "takes one name or None per dimension."
+        )

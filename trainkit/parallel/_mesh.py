@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from trainkit._typing import Batch, Device
+from trainkit.parallel._layout import Rules
 from trainkit.parallel._spmd import Spmd
 from trainkit.parallel._strategy import Forward
 
@@ -44,7 +45,7 @@ class Mesh(Spmd):
         data: int | None = None,
         fsdp: int = 1,
         tensor: int = 1,
-        rules: Sequence[tuple[str, tuple[str | None, ...]]] = (),
+        rules: Rules = (),
         devices: Sequence[Device] | None = None,
     ) -> None:
         super().__init__(sizes={"data": data, "fsdp": fsdp, "tensor": tensor}, rules=rules, devices=devices)

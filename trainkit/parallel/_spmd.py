@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from trainkit._state import TrainState
 from trainkit._typing import Batch, Device, PyTree
-from trainkit.parallel._layout import BATCH_AXES, Layout, make_mesh
+from trainkit.parallel._layout import BATCH_AXES, Layout, Rules, check_axes, make_mesh
 from trainkit.parallel._strategy import Role, Strategy
 
 # Forced host devices deadlock when more collectives than threads are in flight.
@@ -24,7 +25,7 @@ class Spmd(Strategy, abc.ABC):
         self,
         *,
         sizes: Mapping[str, int | None],
-        rules: Sequence[tuple[str, tuple[str | None, ...]]] = (),
+        rules: Rules = (),
         devices: Sequence[Device] | None = None,
     ) -> None:
         if devices is not None and not devices:
@@ -32,6 +33,7 @@ class Spmd(Strategy, abc.ABC):
         for name, size in sizes.items():
             if size is not None and (not isinstance(size, int) or size < 1):
                 raise ValueError(f"{name}={size!r}: must be an int of at least 1.")
+        check_axes(rules)
         self._sizes, self._rules = dict(sizes), tuple(rules)
         self._devices = None if devices is None else tuple(devices)
 
@@ -93,7 +95,7 @@ class Spmd(Strategy, abc.ABC):
     def lay_out(self, state: PyTree) -> PyTree:
         if self._is_default_device:
             return jax.device_put(state)
-        self._layout.check_rules(state.params)
+        self._layout.check(state.params)
         return jax.device_put(state, self._layout.shardings(state))
 
     def describe(self) -> str:
@@ -106,6 +108,8 @@ class Spmd(Strategy, abc.ABC):
         if role is Role.ROWS:
             shardings = jax.tree.map(self._rows_sharding, tree)
         elif role is Role.STATE:
+            if isinstance(tree, TrainState):
+                self._layout.check(tree.params)
             shardings = self._layout.shardings(tree)
         else:
             shardings = self._whole
