@@ -709,3 +709,17 @@ def test_the_state_a_fit_returns_is_its_own():
     kept = jax.device_get(first.params)
     made.fit(TWO, epochs=1)
     assert_same(jax.device_get(first.params), kept)
+
+
+def test_the_last_step_is_told_before_a_source_that_fails():
+    told = []
+
+    def failing():
+        yield from numbers(1, 2, 3)
+        raise OSError("disk gone")
+
+    made = trainer(Lambda(on_step=lambda info: told.append(info.step)))
+    with pytest.raises(OSError, match="disk gone"):
+        made.fit(failing, epochs=1)
+    assert told == [1, 2, 3]
+    assert int(made.state.step) == 3

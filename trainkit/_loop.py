@@ -221,7 +221,12 @@ class Loop:
             self._step += 1
             self.progress.batch += fed.batches
             # Looking one batch ahead tells whether this was the last step of the pass, and overlaps the step.
-            batch = next(batches, _END)
+            try:
+                batch = next(batches, _END)
+            except Exception:
+                if self._step >= due:
+                    self._at_step(pass_done=False)  # the step was done, and what is due after it is told
+                raise
             if self._step >= due or batch is _END or timed or interrupts.received:
                 if batch is _END:
                     self.progress.batch = 0

@@ -14,7 +14,7 @@ class FitResult:
         state: the train state at the end.
         step: updates completed, over all fits of the trainer.
         epoch: passes over the training source begun, over all fits of the trainer.
-        seconds: wall-clock time of this fit, compilation included.
+        seconds: wall-clock time of this fit, the compilation of its steps included.
         stopped_by: why the fit ended before its `epochs=` or `steps=`, None when it did not.
         history: every scalar logged, over all fits of the trainer; `history["eval/loss"]` is a list of
             `(step, value)` pairs.

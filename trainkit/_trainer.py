@@ -264,14 +264,14 @@ class Trainer:
         request = Request(
             source, epochs, steps, evaluations, eval_every, self._accumulate, self._callbacks, self._logdir
         )
-        first, batches = peek(source, self._progress)
-        state = self._begin(first)
         interrupts = Interrupts()
+        # The logs first: a folder that can't be written to is refused before anything compiles.
         with interrupts.listening(), open_writers(self._logdir, self._writers, self._history) as writer:
+            first, batches = peek(source, self._progress)
             loop = Loop(
                 self._engine,
                 request,
-                state=state,
+                state=self._begin(first),
                 first=first,
                 batches=batches,
                 progress=self._progress,
@@ -280,10 +280,9 @@ class Trainer:
                 interrupts=interrupts,
             )
             try:
-                result = loop.run()
+                return loop.run()
             finally:
                 self._state, self._shown = loop.state, True
-        return result
 
     @final
     def evaluate(self, data: Any, *, weights: Literal["ema", "live"] = "ema") -> dict[str, Any]:

@@ -19,7 +19,8 @@ _STEPS_IN_FLIGHT = 32
 class Pmap(Strategy):
     """One replica per device, each with its part of the batch and a key of its own.
 
-    Gradients, losses and metrics are sums over the replicas, weighted by real examples. A layer that names the
+    Gradients, losses and metrics are sums over the replicas, weighted by real examples; a scalar loss is taken for
+    the mean over the rows of its replica. A layer that names the
     axis (`nn.BatchNorm(axis_name="batch")`) sees the whole batch. One that does not keeps statistics of its
     replica: these are merged at the end of every step, a pair `mean` and `var` as the mean and variance of the
     mixture of the replicas (its second moment, not the mean of the variances), any other float as the mean.
