@@ -3,16 +3,22 @@
 You write a model and a loss; it owns the state, the step, the loop and the logs.
 """
 
-from trainkit import callbacks, data, export, hooks, metrics, parallel, testing, writers
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from trainkit import callbacks, data, hooks, metrics, parallel, writers
 from trainkit._context import StepContext
 from trainkit._history import History
 from trainkit._result import FitResult
-from trainkit._serialize import load, save
 from trainkit._state import TrainState
 from trainkit._trainer import Trainer
 from trainkit._version import __version__
 from trainkit._when import At, Every, Never
 from trainkit.callbacks._callback import Stop, Update
+
+if TYPE_CHECKING:
+    from trainkit import export, testing
+    from trainkit._serialize import load, save
 
 __all__ = [
     "At",
@@ -37,3 +43,15 @@ __all__ = [
     "testing",
     "writers",
 ]
+
+# What few programs need is imported at its first use.
+_MODULES = {"export": "trainkit.export", "testing": "trainkit.testing"}
+_FUNCTIONS = {"load": "trainkit._serialize", "save": "trainkit._serialize"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,6 +37,22 @@ def explained_errors() -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def explained_shapes(batch: Any, *, one_example: bool) -> Iterator[None]:
+    """Adds to an error that the user's loss raises what it was called with, and where another loss runs."""
+    try:
+        yield
+    except (TypeError, ValueError, IndexError, flax.errors.FlaxError) as error:
+        leaves = ", ".join(f"{name} {kind}" for name, kind in signature(batch).items())
+        seen = (
+            f"ONE example, as strategy='vmap' does: {leaves}. A loss written for the whole batch runs under 'jit'."
+            if one_example
+            else f"a batch: {leaves}. A loss written for ONE example runs under strategy='vmap'."
+        )
+        error.add_note(f"trainkit: loss was called with {seen}")
+        raise
+
+
 def check_loss_result(result: object) -> tuple[jax.Array, dict[str, Any]]:
     """Returns what `loss` returned as losses and outputs.
 
@@ -108,10 +124,22 @@ def check_carried(old: TrainState, new: TrainState, after: Callable[[], TrainSta
     )
 
 
-def check_losses(losses: jax.Array, rows: int) -> None:
-    """Refuses losses that are neither `[rows]` nor a scalar."""
+def check_losses(losses: jax.Array, rows: int, *, one_example: bool) -> None:
+    """Refuses losses that are neither `[rows]` nor a scalar.
+
+    Args:
+        losses: of the whole batch.
+        rows: of the batch.
+        one_example: whether the loss was called with one example at a time.
+    """
     if losses.ndim == 0 or losses.shape == (rows,):
         return
+    if one_example:
+        raise ValueError(
+            f"loss returned losses of shape {list(losses.shape[1:])} for one example; under strategy='vmap' it is "
+            "called with ONE example, without a batch dimension, and returns a scalar. Sum or average the other axes, "
+            "e.g. losses.mean(); a loss written for the whole batch runs under strategy='jit'."
+        )
     raise ValueError(
         f"loss returned losses of shape {list(losses.shape)} for a batch of {rows}; allowed are [{rows}], one per "
         "example, and a scalar. Sum or average the other axes, e.g. losses.mean(axis=-1); a loss written for ONE "

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from trainkit._feed import Feed
 from trainkit._state import TrainState, key_of
 from trainkit._step import Steps, Traits, explained_errors, with_raw_key
-from trainkit._tree import signature
+from trainkit._tree import describe, signature
 from trainkit._typing import Batch, PyTree
 from trainkit.data._batch import batch_size_of, check_batch
 from trainkit.data._source import Source
@@ -61,6 +61,7 @@ class Engine:
         self._collections = {"training": _with_loss_scale(collection) if scaled else collection}
         self._collections["evaluation"] = collection
         self._prepared: dict[tuple[str, ...], tuple[Callable[..., Any], Accumulator, PyTree]] = {}
+        self._traits: dict[tuple[Any, ...], Traits] = {}
 
     def init(self, seed: int, batch: Batch) -> TrainState:
         """Returns a fresh state on the devices, initialised by one compiled program."""
@@ -83,7 +84,7 @@ class Engine:
         """Returns the training step for `source`, whose first batch is `first`; refuses what is wrong with it."""
         check_batch(first)
         rows = batch_size_of(first)
-        traits = self.steps.inspect_train(state, first)
+        traits = self._inspect("training", self.steps.inspect_train, state, first)
         exact, why = traits.per_example and not state.batch_stats, "the model keeps batch statistics"
         if not traits.per_example:
             why = "the loss is a scalar"
@@ -107,7 +108,7 @@ class Engine:
         """Returns the evaluation step for `source`, as `prepare_train`."""
         check_batch(first)
         rows = batch_size_of(first)
-        traits = self.steps.inspect_eval(state, first)
+        traits = self._inspect("evaluation", self.steps.inspect_eval, state, first)
         feed = Feed(
             self.strategy,
             rows=rows,
@@ -166,6 +167,14 @@ class Engine:
             return averaged.params, averaged.batch_stats
 
         return self.strategy.compile(read, inputs=(Role.STATE, Role.STATE), outputs=(Role.STATE, Role.STATE))
+
+    def _inspect(self, kind: str, inspect: Callable[..., Traits], state: TrainState, batch: Batch) -> Traits:
+        # A look at the step traces it; every evaluation of a fit asks for one.
+        leaves, structure = jax.tree.flatten((state, batch))
+        key = (kind, structure, *map(describe, leaves))
+        if key not in self._traits:
+            self._traits[key] = inspect(state, batch)
+        return self._traits[key]
 
     def _prepare(
         self,

@@ -203,14 +203,13 @@ class Loop:
         place: Callable[[Any], Fed] = feed.place
         if self._request.accumulate > 1:
             batches, place = _grouped(batches, self._request.accumulate), feed.place_group
-        timed = self._steppers.timed or self._evaluations.timed
         batch: Any = next(batches, _END)
         if batch is _END:
             raise ValueError(
                 f"the training source gave no batch in epoch {self.progress.epoch}. It must give batches for every "
                 "epoch; an iterator that is used up can be wrapped in a function that opens a new one."
             )
-        due, interrupts = self._due(), self._interrupts
+        due, alarm, interrupts = self._due(), self._alarm(), self._interrupts
         while batch is not _END:
             try:
                 fed = place(batch)
@@ -227,18 +226,23 @@ class Loop:
                 if self._step >= due:
                     self._at_step(pass_done=False)  # the step was done, and what is due after it is told
                 raise
-            if self._step >= due or batch is _END or timed or interrupts.received:
+            rung = alarm < NEVER and self._clock() >= alarm
+            if self._step >= due or batch is _END or rung or interrupts.received:
                 if batch is _END:
                     self.progress.batch = 0
                 self._at_step(pass_done=batch is _END)
                 if self._finished():
                     break
-                due = self._due()
+                due, alarm = self._due(), self._alarm()
 
     def _due(self) -> float:
         """Returns the next step at which the host has anything to do."""
         end = NEVER if self._plan.steps is None else self._plan.steps
         return min(self._steppers.next_step, self._evaluations.next_step, self._chores.next_step, end)
+
+    def _alarm(self) -> float:
+        """Returns the next time at which the host has anything to do."""
+        return min(self._steppers.next_time, self._evaluations.next_time)
 
     def _at_step(self, *, pass_done: bool) -> None:
         self._stop_if_interrupted()
@@ -355,12 +359,16 @@ class _Timetable:
         self._things = things
         self._steps = [thing.every.next_step(step) for thing in things]
         self._times = [now + (thing.every.seconds or math.inf) for thing in things]
-        self.timed = any(thing.every.seconds for thing in things)
 
     @property
     def next_step(self) -> float:
         """The next step at which something is due by steps."""
         return min(self._steps, default=NEVER)
+
+    @property
+    def next_time(self) -> float:
+        """The next time at which something is due by seconds."""
+        return min(self._times, default=NEVER)
 
     def take_due(self, step: int, epoch: int | None, now: float) -> list[Any]:
         """Returns what is due after `step`, which completed `epoch` (None: none), at time `now`."""

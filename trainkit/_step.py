@@ -16,6 +16,7 @@ from trainkit._checks import (
     check_outputs,
     check_step_result,
     explained_errors,
+    explained_shapes,
 )
 from trainkit._context import StepContext
 from trainkit._model import Model
@@ -233,7 +234,7 @@ class Steps:
         def objective(params: PyTree) -> tuple[jax.Array, tuple[Any, ...]]:
             variables = {**model_state, "params": params}
             losses, outputs, updated = forward(variables, batch, _or_all_real(mask, batch), state.step, rng)
-            check_losses(losses, batch_rows(batch))
+            check_losses(losses, batch_rows(batch), one_example=self._sees_one_example)
             loss = _share(losses, mask, batch, examples)
             return loss if scale is None else loss * scale, (loss, losses, outputs, updated)
 
@@ -283,7 +284,7 @@ class Steps:
         forward = self._strategy.map_forward(self._forward(train=False))
         real = _or_all_real(mask, batch)
         losses, outputs, _ = forward(state.variables, batch, real, state.step, _step_key(state))
-        check_losses(losses, batch_rows(batch))
+        check_losses(losses, batch_rows(batch), one_example=self._sees_one_example)
         return losses, self._for_metrics(losses, outputs, batch, mask)
 
     def predict(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
@@ -355,6 +356,11 @@ class Steps:
         with explained_errors():
             return jax.eval_shape(compiled, state, jax.tree.map(divisible, batch))
 
+    @functools.cached_property
+    def _sees_one_example(self) -> bool:
+        rows = jax.ShapeDtypeStruct((self._strategy.shards,), bool)
+        return jax.eval_shape(self._strategy.example, rows).ndim == 0
+
     # Pieces ---------------------------------------------------------------------------------------------------
 
     def _forward(self, *, train: bool) -> Callable[..., Any]:
@@ -370,7 +376,9 @@ class Steps:
         return forward
 
     def _checked_loss(self, module: Any, batch: Batch, ctx: StepContext) -> tuple[jax.Array, dict[str, Any]]:
-        return check_loss_result(self._user.loss(module, batch, ctx))
+        with explained_shapes(batch, one_example=self._sees_one_example):
+            result = self._user.loss(module, batch, ctx)
+        return check_loss_result(result)
 
     def _for_metrics(
         self, losses: jax.Array, outputs: Outputs, batch: Batch, mask: jax.Array | None

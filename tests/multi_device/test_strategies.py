@@ -163,6 +163,20 @@ def by_hand(name, accumulate):
 # The table --------------------------------------------------------------------------------------------------
 
 TABLE = {}
+# Every program that XLA compiles, and how many there were after each step of a fit.
+PROGRAMS, COMPILED = [], []
+
+
+def _note_program(event, duration, **kwargs):
+    if event == "/jax/core/compile/backend_compile_duration":
+        PROGRAMS.append(event)
+
+
+@pytest.fixture(autouse=True)
+def _programs():
+    jax.monitoring.register_event_duration_secs_listener(_note_program)
+    yield
+    jax.monitoring.unregister_event_duration_listener(_note_program)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -183,7 +197,9 @@ def largest_difference(actual, expected):
 
 def fit(strategy, name, accumulate=1):
     model, data = MODELS[name]
-    callbacks = [tk.callbacks.EMA(DECAY), tk.callbacks.LogMetrics(every=KEEP_EACH_STEP)]
+    counter = tk.callbacks.Lambda(on_step=lambda info: COMPILED.append(len(PROGRAMS)))
+    COMPILED.clear()
+    callbacks = [tk.callbacks.EMA(DECAY), tk.callbacks.LogMetrics(every=KEEP_EACH_STEP), counter]
     made = NetTrainer(
         model,
         optax.sgd(0.05, momentum=0.9),
@@ -216,6 +232,7 @@ def test_equals_one_device(strategy, name, accumulate):
     assert int(ema.count) == result.step == STEPS
     # Three batches by twos leave a group of one, which is a program of its own.
     odd_group = accumulate == 2 and name == "cnn"
+    assert COMPILED[-1] == COMPILED[1 if odd_group else 0]
     assert made._engine.steps.traces.count("training") == (2 if odd_group else 1)
 
 
@@ -372,3 +389,8 @@ def test_nan_in_padding_does_no_harm_in_training(strategy):
     np.testing.assert_allclose(
         result.history.last("train/loss"), np.average(expected.losses, weights=5 * [16, 16, 16, 5]), rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("strategy", ["data=8", "PerExample", "Pmap"])
+def test_the_public_check_passes(strategy):
+    tk.testing.check_strategy(STRATEGIES[strategy](()))
