@@ -10,7 +10,7 @@ from trainkit._tree import named_leaves
 from trainkit._typing import Batch, PyTree
 
 # Sums in another order differ by this much in float32 after a few steps.
-_CLOSE = {"rtol": 1e-3, "atol": 1e-5}
+_RTOL, _ATOL = 1e-3, 1e-5
 
 
 def holds(condition: bool, promise: str) -> None:
@@ -46,7 +46,7 @@ def equal(promise: str, actual: PyTree, expected: PyTree) -> None:
 
 def close(promise: str, actual: PyTree, expected: PyTree) -> None:
     """Raises unless both trees are equal up to the order of sums in float32; names the leaf."""
-    _compare(promise, actual, expected, lambda a, b: np.allclose(a, b, **_CLOSE))
+    _compare(promise, actual, expected, lambda a, b: np.allclose(a, b, rtol=_RTOL, atol=_ATOL))
 
 
 def _compare(promise: str, actual: PyTree, expected: PyTree, agree: Callable[[Any, Any], bool]) -> None:

@@ -123,7 +123,7 @@ def _compilations() -> Iterator[list[str]]:
     """Yields a list that gets an entry for each program that XLA compiles."""
     programs: list[str] = []
 
-    def note(event: str, duration: float, **kwargs: str | int) -> None:
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             programs.append(event)
 
@@ -240,7 +240,7 @@ def _check_state_dict(callback: Callback, make: Callable[[], Callback]) -> None:
     state = callback.state_dict()
     holds(isinstance(state, dict), f"state_dict returns a dict: {type(state).__name__}")
     with promised("state_dict holds JSON values and arrays by str, which a checkpoint can write"):
-        restored = flax.serialization.msgpack_restore(flax.serialization.msgpack_serialize(state))
+        restored: Any = flax.serialization.msgpack_restore(flax.serialization.msgpack_serialize(state))
     other = make()
     with promised("load_state_dict takes what state_dict returned"):
         other.load_state_dict(restored)

@@ -8,6 +8,7 @@ a vector at each step would cost more than it saves.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ Packed = tuple[Any, ...]
 _LARGEST_PACKED = 1024
 
 
+# Asked for every leaf at every reading of the metrics, and JAX's own answers take microseconds each.
+@functools.cache
 def _carrier(dtype: np.dtype) -> np.dtype:
     """Returns the 32-bit dtype that holds every value of `dtype`."""
     if jnp.issubdtype(dtype, jnp.floating):
@@ -27,22 +30,31 @@ def _carrier(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.int32) if jnp.issubdtype(dtype, jnp.signedinteger) else np.dtype(np.uint32)
 
 
-def _is_packed(leaf: jax.ShapeDtypeStruct) -> bool:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+@functools.cache
+def _has_carrier(dtype: Any) -> bool:
+    if jnp.issubdtype(dtype, jax.dtypes.extended) or jnp.issubdtype(dtype, jnp.complexfloating):
         return False
-    return leaf.dtype.itemsize <= 4 and leaf.size <= _LARGEST_PACKED
+    return dtype.itemsize <= 4
+
+
+@functools.cache
+def _wide(dtype: np.dtype) -> np.dtype:
+    """Returns the 64-bit dtype of the kind of `dtype`, complex numbers having two parts; bools stay."""
+    kinds = {
+        jnp.floating: np.float64,
+        jnp.signedinteger: np.int64,
+        jnp.unsignedinteger: np.uint64,
+        jnp.complexfloating: np.complex128,
+    }
+    return next((np.dtype(wide) for kind, wide in kinds.items() if jnp.issubdtype(dtype, kind)), dtype)
+
+
+def _is_packed(leaf: jax.ShapeDtypeStruct) -> bool:
+    return leaf.size <= _LARGEST_PACKED and _has_carrier(leaf.dtype)
 
 
 def _widened(leaf: np.ndarray) -> np.ndarray:
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf.astype(np.float64)
-    if jnp.issubdtype(leaf.dtype, jnp.signedinteger):
-        return leaf.astype(np.int64)
-    if jnp.issubdtype(leaf.dtype, jnp.unsignedinteger):
-        return leaf.astype(np.uint64)
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        return leaf.astype(np.complex128)
-    return leaf
+    return leaf.astype(_wide(leaf.dtype), copy=False)
 
 
 @dataclasses.dataclass(frozen=True)
