@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _LINE_SECONDS = 10.0
 _EPOCH_LINE_SECONDS = 1.0
-_REDRAW_SECONDS = 0.1
+_REDRAW_SECONDS = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
