@@ -259,6 +259,9 @@ class Loop:
         now = self._seconds()
         steppers = self._steppers.take_due(self._step, epoch, now)
         evaluations = self._evaluations.take_due(self._step, epoch, now)
+        if self._together and steppers:
+            # Here on all processes, in case a callback looks at its metrics on one of them only.
+            self._metrics.cut()
         self._dispatch.call_each("on_step", before_checkpoints(steppers))
         # Told nothing else, a fit that ends inside a pass is evaluated where it ends.
         ending = self._request.eval_every is None and self._finished()

@@ -20,11 +20,15 @@ from trainkit.callbacks import EMA, EarlyStopping, Lambda, Progress
 from trainkit.metrics import collecting
 from trainkit.parallel import Mesh
 
-# How long a process may be silent before the others give it up.
-HEARTBEAT = 10
+# Seconds after which a silent process counts as dead, and for which one that ends waits for the others.
+HEARTBEAT, SHUTDOWN = 10, 5
 # The last batch is one example: most devices, and one of two processes, have nothing but padding.
 EXAMPLES, BATCH = 97, 24
-STRATEGIES = {"jit": lambda: "jit", "pmap": lambda: "pmap", "fsdp": lambda: Mesh(fsdp=4)}
+CASES = {
+    "jit": {},
+    "pmap": {"strategy": "pmap"},
+    "fsdp, two batches a step": {"strategy": Mesh(fsdp=4), "accumulate": 2},
+}
 
 
 @flax.struct.dataclass
@@ -37,7 +41,7 @@ class Metrics(metrics.Collection):
 class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(4)(nn.relu(nn.Dense(16)(x)))
+        return nn.Dense(4, name="last")(nn.relu(nn.Dense(16, name="first")(x)))
 
 
 class Classifier(tk.Trainer):
@@ -81,19 +85,25 @@ def examples(seed=0):
 
 
 def compare(index, folder):
-    """Trains, evaluates and predicts under each strategy."""
+    """Trains, evaluates and predicts in each case."""
     found = {}
-    for name, strategy in STRATEGIES.items():
+    for name, options in CASES.items():
         trainer = Classifier(
             MLP(),
             optax.adam(1e-2),
-            strategy=strategy(),
-            logdir=folder / f"logs-{index}-{name}",
-            callbacks=[EMA(0.9), EarlyStopping("eval/loss", patience=1, min_delta=0.5), Progress()],
+            **options,
+            logdir=folder / f"logs-{index}" / name,
+            callbacks=[
+                EMA(0.9),
+                EarlyStopping("eval/loss", patience=1, min_delta=0.5),
+                Progress(stream=sys.stdout),
+            ],
         )
         source = Counted(tk.data.Arrays(examples(), BATCH, shuffle=True, drop_last=False))
         result = trainer.fit(source, epochs=5, eval_data=tk.data.Arrays(examples(1), BATCH))
         predicted = trainer.predict(tk.data.Arrays(examples(), BATCH))
+        if index == 0 and name == "jit":
+            tk.save(folder / "state.msgpack", result.state)
         found[name] = {
             "params": trainer._strategy.fetch(result.state.params),
             "history": {key: result.history[key] for key in ("train/loss", "eval/loss", "eval/accuracy")},
@@ -101,7 +111,8 @@ def compare(index, folder):
             "evaluated": trainer.evaluate(tk.data.Arrays(examples(), BATCH), weights="live"),
             "predicted": predicted,
             "read": source.read,
-            "summary": trainer.summary(),
+            "rng": jax.random.key_data(result.state.rng),
+            "ema": trainer._strategy.fetch(EMA.view(result.state).params),
         }
     with (folder / f"{index}.pickle").open("wb") as file:
         pickle.dump(found, file)
@@ -113,19 +124,42 @@ def endless(index, folder):
     def note(info):
         (folder / f"{index}.step").write_text(str(info.step))
 
-    trainer = Classifier(MLP(), optax.sgd(1e-2), callbacks=[Lambda(every=tk.Every(steps=20), on_step=note)])
-    result = trainer.fit(tk.data.Arrays(examples(), BATCH, shuffle=True), steps=10**9)
-    (folder / f"{index}.json").write_text(json.dumps([result.step, result.stopped_by]))
+    trainer = Classifier(MLP(), optax.sgd(1e-2), callbacks=[Lambda(every=tk.Every(steps=100), on_step=note)])
+    result = trainer.fit(
+        tk.data.Arrays(examples(), BATCH, shuffle=True),
+        steps=10**9,
+        eval_data=tk.data.Arrays(examples(1), BATCH),
+        eval_every=tk.Every(seconds=0.01),
+    )
+    evaluated = [step for step, _ in result.history["eval/loss"]]
+    (folder / f"{index}.json").write_text(json.dumps([result.step, result.stopped_by, evaluated]))
+
+
+def failing(index, folder):
+    """Trains until the data of the second process are broken."""
+
+    def batches():
+        for step in range(10**9):
+            if index == 1 and step == 50:
+                raise OSError("a disk of process 1 failed")
+            yield jax.tree.map(lambda leaf: leaf[:BATCH], examples())
+
+    Classifier(MLP(), optax.sgd(1e-2)).fit(batches, steps=10**9)
 
 
 def main():
     job, index, count, port, folder = sys.argv[1], *map(int, sys.argv[2:5]), pathlib.Path(sys.argv[5])
     if count > 1:
         jax.distributed.initialize(
-            f"localhost:{port}", count, index, initialization_timeout=60, heartbeat_timeout_seconds=HEARTBEAT
+            f"localhost:{port}",
+            count,
+            index,
+            initialization_timeout=60,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=SHUTDOWN,
         )
     assert jax.device_count() == 4
-    {"compare": compare, "endless": endless}[job](index, folder)
+    {"compare": compare, "endless": endless, "failing": failing}[job](index, folder)
 
 
 if __name__ == "__main__":

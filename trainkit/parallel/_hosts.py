@@ -19,7 +19,8 @@ def count_processes(devices: Sequence[Device]) -> int:
 
 def own_rows(sharding: NamedSharding, rows: int) -> slice:
     """Returns the rows of a leaf `[rows, ...]` laid out by `sharding` that this process places."""
-    parts = [index[0].indices(rows) for index in sharding.addressable_devices_indices_map((rows,)).values()]
+    found = sharding.addressable_devices_indices_map((rows,)).values()
+    parts = [index[0].indices(rows) for index in found if index is not None]
     return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 
 

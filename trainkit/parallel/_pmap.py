@@ -102,9 +102,9 @@ class Pmap(Strategy):
         self._check_rows(rows)
         return self._put(batch, jax.tree.map(self._rows_sharding, batch))
 
-    @functools.cached_property
+    @property
     def processes(self) -> int:
-        return count_processes(self.devices)
+        return self._processes
 
     def own_rows(self, rows: int) -> slice:
         self._check_rows({rows})
@@ -143,8 +143,12 @@ class Pmap(Strategy):
     def _divided(self) -> NamedSharding:
         return NamedSharding(self._mesh, PartitionSpec(self.axis_name))
 
+    @functools.cached_property
+    def _processes(self) -> int:
+        return count_processes(self.devices)
+
     def _put(self, tree: PyTree, shardings: PyTree) -> PyTree:
-        return jax.device_put(tree, shardings) if self.processes == 1 else put(tree, shardings)
+        return jax.device_put(tree, shardings) if self._processes == 1 else put(tree, shardings)
 
     def _rows_sharding(self, leaf: Any) -> NamedSharding:
         return self._divided if np.ndim(leaf) else self._whole

@@ -90,9 +90,9 @@ class Spmd(Strategy, abc.ABC):
             return batch
         return self._put(batch, jax.tree.map(self._rows_sharding, batch))
 
-    @functools.cached_property
+    @property
     def processes(self) -> int:
-        return count_processes(self.devices)
+        return self._processes
 
     def own_rows(self, rows: int) -> slice:
         return own_rows(self._sharding_of((rows,)), rows)
@@ -142,8 +142,12 @@ class Spmd(Strategy, abc.ABC):
     def _is_default_device(self) -> bool:
         return len(self.devices) == 1 and self.devices[0] == jax.local_devices()[0]
 
+    @functools.cached_property
+    def _processes(self) -> int:
+        return count_processes(self.devices)
+
     def _put(self, tree: PyTree, shardings: PyTree) -> PyTree:
-        return jax.device_put(tree, shardings) if self.processes == 1 else put(tree, shardings)
+        return jax.device_put(tree, shardings) if self._processes == 1 else put(tree, shardings)
 
     def _rows_sharding(self, leaf: Any) -> NamedSharding:
         return self._sharding_of(np.shape(leaf))
