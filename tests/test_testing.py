@@ -238,9 +238,7 @@ class Values(tk.writers.NullWriter):
     def write_scalars(self, step, scalars):
         if self.closed:
             raise ValueError("I/O operation on closed file")
-        self.lines += [
-            json.dumps([int(step), name, np.asarray(value).item()]) for name, value in scalars.items()
-        ]
+        self.lines += [json.dumps([int(step), name, np.asarray(value).item()]) for name, value in scalars.items()]
 
     def write_audios(self, step, audios, *, sample_rate):
         raise NotImplementedError

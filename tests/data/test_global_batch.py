@@ -48,8 +48,9 @@ def test_other_sources_are_cut():
 
 
 def test_a_spec_stands_for_its_batch_alone_and_in_a_group():
-    batch = {"x": np.zeros((3, 2), np.float32)}
+    (batch,) = tk.data.Arrays({"x": np.zeros((3, 2), np.float32)}, 3).global_batches(0)
     spec = {"x": jax.ShapeDtypeStruct((3, 2), np.float32)}
-    assert spec_of(as_global(batch)) == spec
-    assert spec_of((as_global(batch), as_global(batch))) == (spec, spec)
-    assert spec_of(batch)["x"] is batch["x"]
+    assert spec_of(batch) == spec
+    assert spec_of((batch, batch)) == (spec, spec)
+    given = {"x": np.zeros(3)}
+    assert spec_of(given)["x"] is spec_of(as_global(given))["x"] is given["x"]

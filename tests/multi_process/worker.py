@@ -24,11 +24,6 @@ from trainkit.parallel import Mesh
 HEARTBEAT, SHUTDOWN = 10, 5
 # The last batch is one example: most devices, and one of two processes, have nothing but padding.
 EXAMPLES, BATCH = 97, 24
-CASES = {
-    "jit": {},
-    "pmap": {"strategy": "pmap"},
-    "fsdp, two batches a step": {"strategy": Mesh(fsdp=4), "accumulate": 2},
-}
 
 
 @flax.struct.dataclass
@@ -39,21 +34,35 @@ class Metrics(metrics.Collection):
 
 
 class MLP(nn.Module):
+    norm: bool = False
+
     @nn.compact
-    def __call__(self, x):
-        return nn.Dense(4, name="last")(nn.relu(nn.Dense(16, name="first")(x)))
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Dense(16, name="first")(x))
+        if self.norm:
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        return nn.Dense(4, name="last")(x)
 
 
 class Classifier(tk.Trainer):
     metrics = Metrics
 
     def loss(self, model, batch, ctx):
-        logits = model(batch["x"])
+        logits = model(batch["x"], train=ctx.train)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return losses, {"logits": logits, "labels": batch["label"], "number": batch["number"]}
 
     def predict_step(self, model, batch, ctx):
         return {"logits": model(batch["x"]), "number": batch["number"]}
+
+
+CASES = {
+    "jit": {},
+    # Statistics of a batch forbid padding: the last batch is held whole by every device.
+    "batch statistics": {"model": MLP(norm=True)},
+    "pmap": {"strategy": "pmap"},
+    "fsdp, two batches a step": {"strategy": Mesh(fsdp=4), "accumulate": 2},
+}
 
 
 class Counted(tk.data.Source):
@@ -89,9 +98,7 @@ def compare(index, folder):
     found = {}
     for name, options in CASES.items():
         trainer = Classifier(
-            MLP(),
-            optax.adam(1e-2),
-            **options,
+            **{"model": MLP(), "tx": optax.adam(1e-2), **options},
             logdir=folder / f"logs-{index}" / name,
             callbacks=[
                 EMA(0.9),
@@ -106,6 +113,7 @@ def compare(index, folder):
             tk.save(folder / "state.msgpack", result.state)
         found[name] = {
             "params": trainer._strategy.fetch(result.state.params),
+            "stats": trainer._strategy.fetch(result.state.batch_stats),
             "history": {key: result.history[key] for key in ("train/loss", "eval/loss", "eval/accuracy")},
             "stopped": (result.step, result.stopped_by),
             "evaluated": trainer.evaluate(tk.data.Arrays(examples(), BATCH), weights="live"),

@@ -16,7 +16,8 @@ class GlobalBatch(NamedTuple):
     Attributes:
         size: rows of the whole batch.
         read: `read(start, stop)` returns these rows as a batch, leaves `[stop - start, ...]`.
-        spec: `spec()` returns the whole batch as `jax.ShapeDtypeStruct`s, leaves `[size, ...]`.
+        spec: `spec()` returns a tree with the shapes and dtypes of the whole batch, e.g. of
+            `jax.ShapeDtypeStruct`s; leaves `[size, ...]`.
     """
 
     size: int
@@ -30,7 +31,7 @@ def as_global(batch: Batch) -> GlobalBatch:
     def read(start: int, stop: int) -> Batch:
         return jax.tree.map(lambda leaf: leaf[start:stop] if np.ndim(leaf) else leaf, batch)
 
-    return GlobalBatch(batch_size_of(batch), read, lambda: jax.tree.map(jax.typeof, batch))
+    return GlobalBatch(batch_size_of(batch), read, lambda: batch)
 
 
 def spec_of(batch: Any) -> Any:
