@@ -47,7 +47,7 @@ LAYERS = (
         ),
     ),
     Layer("L3", ("callbacks",)),
-    Layer("L4", ("_loop", "_dispatch", "_evaluate", "_interrupts", "_arguments")),
+    Layer("L4", ("_loop", "_dispatch", "_evaluate", "_interrupts", "_arguments", "_agreement")),
     Layer("L5", ("_trainer", "_lr_find")),
     Layer("L6", ("testing", "_promises")),
     Layer("index", ("__init__",)),

@@ -1,7 +1,7 @@
 """The compiled steps of one trainer, made at first use and kept. Owns compilation; not the order of calls."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import clu.metrics
@@ -9,12 +9,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from trainkit._feed import Feed
+from trainkit._feed import Feed, SharedFeed
 from trainkit._state import TrainState, key_of
 from trainkit._step import Steps, Traits, explained_errors, with_raw_key
 from trainkit._tree import describe, signature
 from trainkit._typing import Batch, PyTree
-from trainkit.data._batch import batch_size_of, check_batch
+from trainkit.data._batch import batch_size_of, check_batch, unpad
+from trainkit.data._global_batch import GlobalBatch, spec_of
 from trainkit.data._source import Source
 from trainkit.hooks._ema import find_ema, view
 from trainkit.metrics._accumulator import Accumulator
@@ -63,13 +64,23 @@ class Engine:
         self._prepared: dict[tuple[str, ...], tuple[Callable[..., Any], Accumulator, PyTree]] = {}
         self._traits: dict[tuple[Any, ...], Traits] = {}
 
-    def init(self, seed: int, batch: Batch) -> TrainState:
+    def batches(self, source: Source, epoch: int, start: int = 0) -> Iterator[Any]:
+        """Returns the batches of an epoch as a feed takes them: `GlobalBatch` where processes share the work."""
+        if self.strategy.processes == 1:
+            return iter(source.batches(epoch, start))
+        return iter(source.global_batches(epoch, start))
+
+    def init(self, seed: int, batch: Batch | GlobalBatch) -> TrainState:
         """Returns a fresh state on the devices, initialised by one compiled program."""
-        check_batch(batch)
-        batch_size_of(batch)
+        check_batch(spec_of(batch))
+        rows = batch_size_of(spec_of(batch))
         with explained_errors():
             init = self.strategy.compile(self.steps.init, inputs=(Role.WHOLE, Role.WHOLE), outputs=Role.STATE)
-            return init(jax.random.key(seed), self.strategy.replicate(batch))
+            if isinstance(batch, GlobalBatch):
+                # Each process reads its rows; the devices, not the hosts, put them together.
+                feed = SharedFeed(self.strategy, rows=rows, may_be_partial=False, exact=True, what="first")
+                batch = unpad(feed.place(batch).batch, rows)
+            return init(self.strategy.replicate(jax.random.key(seed)), self.strategy.replicate(batch))
 
     def complete(self, state: TrainState, seed: int) -> TrainState:
         """Returns `state` on the devices, with the key and the memory of step hooks that it may lack.
@@ -80,16 +91,16 @@ class Engine:
             state = state.replace(rng=jax.random.split(jax.random.key(seed))[1])
         return self.strategy.lay_out(self.steps.with_hooks(state))
 
-    def prepare_train(self, state: TrainState, source: Source, first: Batch) -> Prepared:
+    def prepare_train(self, state: TrainState, source: Source, first: Batch | GlobalBatch) -> Prepared:
         """Returns the training step for `source`, whose first batch is `first`; refuses what is wrong with it."""
+        first = spec_of(first)
         check_batch(first)
         rows = batch_size_of(first)
         traits = self._inspect("training", self.steps.inspect_train, state, first)
         exact, why = traits.per_example and not state.batch_stats, "the model keeps batch statistics"
         if not traits.per_example:
             why = "the loss is a scalar"
-        feed = Feed(
-            self.strategy,
+        feed = self._feed(
             rows=rows,
             may_be_partial=source.may_be_partial,
             exact=exact,
@@ -104,13 +115,13 @@ class Engine:
         )
         return self._prepare("training", self.steps.train, compiled, state, traits, feed)
 
-    def prepare_eval(self, state: TrainState, source: Source, first: Batch) -> Prepared:
+    def prepare_eval(self, state: TrainState, source: Source, first: Batch | GlobalBatch) -> Prepared:
         """Returns the evaluation step for `source`, as `prepare_train`."""
+        first = spec_of(first)
         check_batch(first)
         rows = batch_size_of(first)
         traits = self._inspect("evaluation", self.steps.inspect_eval, state, first)
-        feed = Feed(
-            self.strategy,
+        feed = self._feed(
             rows=rows,
             may_be_partial=source.may_be_partial,
             exact=traits.per_example,
@@ -126,13 +137,15 @@ class Engine:
         zero = self.strategy.replicate(jnp.zeros((), jnp.int32))
         return prepared._replace(empty=(prepared.empty, zero))
 
-    def prepare_predict(self, state: TrainState, first: Batch) -> tuple[Callable[..., Any], Feed]:
+    def prepare_predict(
+        self, state: TrainState, first: Batch | GlobalBatch
+    ) -> tuple[Callable[..., Any], Feed]:
         """Returns the prediction step and the feed for batches like `first`."""
+        first = spec_of(first)
         check_batch(first)
         rows = batch_size_of(first)
-        return self._predict(key_impl(state)), Feed(
-            self.strategy, rows=rows, may_be_partial=True, exact=True, what="prediction"
-        )
+        feed = self._feed(rows=rows, may_be_partial=True, exact=True, what="prediction")
+        return self._predict(key_impl(state)), feed
 
     def prediction(self, state: TrainState) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:
         """Returns a pure function of `(state, batch)` that predicts on one device, and the state it takes."""
@@ -151,6 +164,9 @@ class Engine:
             return state
         params, stats = self._read_average(with_raw_key(state.replace(opt_state=(), hooks={})), memory)
         return state.replace(params=params, batch_stats=stats)
+
+    def _feed(self, **options: Any) -> Feed:
+        return (Feed if self.strategy.processes == 1 else SharedFeed)(self.strategy, **options)
 
     @functools.cache  # noqa: B019 - one engine lives as long as its trainer
     def _predict(self, impl: str) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from trainkit._engine import Engine
 from trainkit._state import TrainState
 from trainkit._step import with_raw_key
 from trainkit._tree import describe, named_leaves
-from trainkit._typing import Batch, PyTree
+from trainkit._typing import PyTree
 from trainkit.data._batch import unpad
 from trainkit.data._source import Source
 
@@ -36,7 +36,7 @@ def evaluate(
         ValueError: the source is empty.
         RuntimeError: the examples counted on the devices are not those the source gave.
     """
-    first, batches = _peek(source)
+    first, batches = _peek(engine, source)
     prepared = engine.prepare_eval(state, source, first)
     state = with_raw_key(state)
     strategy, accumulator = engine.strategy, prepared.accumulator
@@ -67,7 +67,7 @@ def predict(engine: Engine, state: TrainState, source: Source) -> PyTree:
     Raises:
         ValueError: the source is empty, or an output has not one row per example.
     """
-    first, batches = _peek(source)
+    first, batches = _peek(engine, source)
     step, feed = engine.prepare_predict(state, first)
     state = with_raw_key(state)
     rows = _Rows(engine)
@@ -102,8 +102,8 @@ class _Rows:
         self._done.append(unpad(self._fetch(outputs), real))
 
 
-def _peek(source: Source) -> tuple[Batch, Iterator[Batch]]:
-    batches = iter(source.batches(0))
+def _peek(engine: Engine, source: Source) -> tuple[Any, Iterator[Any]]:
+    batches = engine.batches(source, 0)
     first = next(batches, None)
     if first is None:
         raise ValueError("the source is empty: it gave no batch. Give at least one, or leave eval_data out.")

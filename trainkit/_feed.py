@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from trainkit._typing import Batch
 from trainkit.data._batch import batch_size_of, mask, pad
+from trainkit.data._global_batch import GlobalBatch
 from trainkit.parallel._strategy import Strategy
 
 _LOG = logging.getLogger("trainkit")
@@ -54,7 +55,7 @@ class Feed:
         self._full_mask = strategy.place(mask(self._rows, self._rows)) if masked else None
         self._announced = False
 
-    def place(self, batch: Batch) -> Fed:
+    def place(self, batch: Any) -> Fed:
         """Returns `batch` on the devices.
 
         Raises:
@@ -70,7 +71,7 @@ class Feed:
         place: Callable[[Any], Any] = self._strategy.place
         return Fed(place(pad(batch, rows)), place(mask(rows, real)), real)
 
-    def place_group(self, group: tuple[Batch, ...]) -> Fed:
+    def place_group(self, group: tuple[Any, ...]) -> Fed:
         """Returns the batches of one update on the devices, as tuples."""
         fed = [self.place(batch) for batch in group]
         return Fed(
@@ -94,3 +95,22 @@ class Feed:
                 self._rows,
                 self._why,
             )
+
+
+class SharedFeed(Feed):
+    """Places the batches of several processes, each of which reads and pads the rows of its own devices."""
+
+    def place(self, batch: GlobalBatch) -> Fed:
+        """Returns `batch` on the devices of all processes; see `Feed.place` for the rule of padding."""
+        real = batch.size
+        rows = max(self._rows, self._round_up(real)) if self._exact else real
+        if real != self._rows and not self._exact:
+            self._announce(real)
+        own = self._strategy.own_rows(rows)
+        stop = min(own.stop, real)
+        # A process with nothing but padding reads one row to pad with.
+        held = batch.read(min(own.start, stop - 1), stop)
+        placed = self._strategy.place_own(pad(held, own.stop - own.start), rows)
+        if real == self._rows or not self._exact:
+            return Fed(placed, self._full_mask if real == self._rows else None, real)
+        return Fed(placed, self._strategy.place(mask(rows, real)), real)

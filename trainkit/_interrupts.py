@@ -13,11 +13,17 @@ class Interrupts:
     """What the process was asked while a fit runs.
 
     Attributes:
-        received: name of the first signal, e.g. `"SIGTERM"`, None before one came.
+        noted: name of the first signal this process got, e.g. `"SIGTERM"`, None before one came.
+        received: the one to act on; of several processes, the one that all have agreed on.
+
+    Args:
+        alone: whether this process may act on a signal by itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = True) -> None:
+        self.noted: str | None = None
         self.received: str | None = None
+        self._alone = alone
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -39,6 +45,8 @@ class Interrupts:
                 signal.signal(one, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received == "SIGINT" and number == signal.SIGINT:
+        if self.noted == "SIGINT" and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number).name
+        self.noted = self.noted or signal.Signals(number).name
+        if self._alone:
+            self.received = self.noted

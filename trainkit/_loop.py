@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trainkit._agreement import agree
 from trainkit._dispatch import Dispatcher, before_checkpoints, checkpoints
 from trainkit._engine import Engine, key_impl
 from trainkit._evaluate import evaluate
@@ -32,6 +33,7 @@ from trainkit._windows import NO_METRICS, Reader, TrainMetrics
 from trainkit.callbacks._callback import Callback, Stop, Update
 from trainkit.callbacks._info import Info, Plan
 from trainkit.data._batch import check_batch
+from trainkit.data._global_batch import spec_of
 from trainkit.data._source import Source
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.writers._attributed import Attributed, Ledger
@@ -40,6 +42,8 @@ from trainkit.writers._writer import MetricWriter
 _END = object()
 # Carried float32 sums and int32 counts are handed to the host at least this often, and merged there in float64.
 _SEGMENT = Every(steps=512)
+# How often several processes agree on the time and on signals: each time costs a round trip.
+_MEETING = Every(steps=32)
 
 
 @dataclasses.dataclass
@@ -104,12 +108,13 @@ class Loop:
         self._epoch_reader = self._metrics.reader()
         self._eval_metrics: Mapping[str, Any] = NO_METRICS
         self._epoch_metrics: Mapping[str, Any] = NO_METRICS
-        self._started = clock()
+        self._started, self._agreed_seconds = clock(), 0.0
+        self._together = engine.strategy.processes > 1
         self._dispatch = Dispatcher(request.callbacks, self._info, self._act)
-        self._steppers = _Timetable(self._dispatch.implementing("on_step"), self._step, self._started)
+        self._steppers = _Timetable(self._dispatch.implementing("on_step"), self._step)
         evaluation = _Chore(request.eval_every or Every(epochs=1), self._evaluate)
-        self._evaluations = _Timetable([evaluation] if request.evaluations else [], self._step, self._started)
-        self._chores = _Timetable(self._make_chores(), self._step, self._started)
+        self._evaluations = _Timetable([evaluation] if request.evaluations else [], self._step)
+        self._chores = _Timetable(self._make_chores(), self._step)
 
     @property
     def state(self) -> TrainState:
@@ -161,7 +166,17 @@ class Loop:
         ahead = self._engine.strategy.in_flight
         if ahead:
             chores.append(_Chore(Every(steps=ahead), lambda: jax.block_until_ready(self._metrics.packed)))
+        if self._together:
+            chores.append(_Chore(_MEETING, self._meet))
         return chores
+
+    def _meet(self) -> None:
+        seconds = self._clock() - self._started
+        self._agreed_seconds, self._interrupts.received = agree(seconds, self._interrupts.noted)
+
+    def _seconds(self) -> float:
+        """Returns the seconds since the fit began, the same on every process."""
+        return self._agreed_seconds if self._together else self._clock() - self._started
 
     def _finished(self) -> bool:
         plan = self._plan
@@ -195,7 +210,7 @@ class Loop:
     def _open_pass(self) -> Iterator[Batch]:
         batches, self._batches = self._batches, None
         if batches is None:
-            batches = iter(self._request.source.batches(self.progress.epoch - 1, self.progress.batch))
+            batches = self._engine.batches(self._request.source, self.progress.epoch - 1, self.progress.batch)
         return batches
 
     def _run_pass(self, batches: Iterator[Any]) -> None:
@@ -215,7 +230,7 @@ class Loop:
                 fed = place(batch)
                 self._raw, metrics.packed = step(self._raw, metrics.packed, fed.batch, fed.mask)
             except TypeError:
-                check_batch(batch)  # names the leaf that no step can take, where that was the reason
+                check_batch(spec_of(batch))  # names the leaf that no step can take, where that was the reason
                 raise
             self._step += 1
             self.progress.batch += fed.batches
@@ -241,17 +256,22 @@ class Loop:
         return min(self._steppers.next_step, self._evaluations.next_step, self._chores.next_step, end)
 
     def _alarm(self) -> float:
-        """Returns the next time at which the host has anything to do."""
-        return min(self._steppers.next_time, self._evaluations.next_time)
+        """Returns the next time on the clock at which the host has anything to do."""
+        if self._together:
+            return NEVER  # processes look at the time where they meet, all at the same step
+        return self._started + min(self._steppers.next_time, self._evaluations.next_time)
 
     def _at_step(self, *, pass_done: bool) -> None:
-        self._stop_if_interrupted()
         epoch = self.progress.epoch if pass_done else None
-        now = self._clock()
+        for chore in self._chores.take_due(self._step, epoch, 0.0):
+            chore.run()
+        self._stop_if_interrupted()
+        now = self._seconds()
         steppers = self._steppers.take_due(self._step, epoch, now)
         evaluations = self._evaluations.take_due(self._step, epoch, now)
-        for chore in self._chores.take_due(self._step, epoch, now):
-            chore.run()
+        if self._together and steppers:
+            # Here on all processes, in case a callback looks at its metrics on one of them only.
+            self._metrics.cut()
         self._dispatch.call_each("on_step", before_checkpoints(steppers))
         # Told nothing else, a fit that ends inside a pass is evaluated where it ends.
         ending = self._request.eval_every is None and self._finished()
@@ -355,10 +375,10 @@ class _Chore:
 class _Timetable:
     """When each of several things with a cadence `every` is due next."""
 
-    def __init__(self, things: list[Any], step: int, now: float) -> None:
+    def __init__(self, things: list[Any], step: int) -> None:
         self._things = things
         self._steps = [thing.every.next_step(step) for thing in things]
-        self._times = [now + (thing.every.seconds or math.inf) for thing in things]
+        self._times = [thing.every.seconds or math.inf for thing in things]
 
     @property
     def next_step(self) -> float:
@@ -367,11 +387,11 @@ class _Timetable:
 
     @property
     def next_time(self) -> float:
-        """The next time at which something is due by seconds."""
+        """The next time, in seconds into the fit, at which something is due."""
         return min(self._times, default=NEVER)
 
     def take_due(self, step: int, epoch: int | None, now: float) -> list[Any]:
-        """Returns what is due after `step`, which completed `epoch` (None: none), at time `now`."""
+        """Returns what is due after `step`, which completed `epoch` (None: none), `now` seconds into the fit."""
         due = []
         for index, thing in enumerate(self._things):
             every = thing.every

@@ -4,6 +4,8 @@ import contextlib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
+import jax
+
 from trainkit._history import History
 from trainkit.writers._multi import MultiWriter
 from trainkit.writers._null import NullWriter
@@ -25,7 +27,12 @@ class HistoryWriter(NullWriter):
 def open_writers(
     logdir: pathlib.Path | None, own: Sequence[MetricWriter], history: History
 ) -> Iterator[MetricWriter]:
-    """Yields a writer to all of them; at the end closes what it opened and flushes the user's own."""
+    """Yields a writer to all of them; at the end closes what it opened and flushes the user's own.
+
+    Of several processes the first writes; the others keep the history and nothing else.
+    """
+    if jax.process_index():
+        logdir, own = None, ()
     opened = [] if logdir is None else [open_writer(logdir)]
     # The user's writers stay open for the next fit; they are only handed what this one writes.
     fan_out = MultiWriter(HistoryWriter(history), *opened, *own)

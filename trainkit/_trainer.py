@@ -36,6 +36,7 @@ from trainkit._tree import copy_arrays
 from trainkit._typing import Batch, Outputs, PyTree
 from trainkit._when import Cadence, as_cadence
 from trainkit.callbacks._callback import Callback
+from trainkit.data._global_batch import GlobalBatch
 from trainkit.data._source import as_source
 from trainkit.metrics._accumulator import LossMetrics
 from trainkit.parallel._resolve import resolve_strategy
@@ -56,7 +57,7 @@ class Trainer:
         model: a `flax.linen.Module`, unbound.
         tx: an optax transformation.
         callbacks: objects, in the order in which they run within a phase.
-        strategy: how a step runs on the devices: `"jit"` (all local devices) or a `tk.parallel` object.
+        strategy: how a step runs on the devices: `"jit"` (all devices) or a `tk.parallel` object.
         seed: int, of the initialisation and of every random number of the run.
         precision: `"float32"`, `"bfloat16"` or `"float16"`: the dtype in which the model computes. Parameters,
             statistics, losses and metrics stay float32; float16 scales the loss and skips updates that overflow.
@@ -240,7 +241,8 @@ class Trainer:
         """Trains, and returns what came of it. A second call continues where the first ended.
 
         SIGTERM and Ctrl-C let the running step finish, close everything and return with `stopped_by` set; a
-        second Ctrl-C raises KeyboardInterrupt at once.
+        second Ctrl-C raises KeyboardInterrupt at once. Of several processes one signal ends all, at the same
+        step: they agree every 32 steps, on signals and on the time of `Every(seconds=...)`.
 
         Args:
             data: `tk.data.Arrays`, any other source or re-iterable of batches, or a function returning an iterator.
@@ -264,10 +266,10 @@ class Trainer:
         request = Request(
             source, epochs, steps, evaluations, eval_every, self._accumulate, self._callbacks, self._logdir
         )
-        interrupts = Interrupts()
+        interrupts = Interrupts(alone=self._strategy.processes == 1)
         # The logs first: a folder that can't be written to is refused before anything compiles.
         with interrupts.listening(), open_writers(self._logdir, self._writers, self._history) as writer:
-            first, batches = peek(source, self._progress)
+            first, batches = peek(self._engine, source, self._progress)
             loop = Loop(
                 self._engine,
                 request,
@@ -355,9 +357,9 @@ class Trainer:
             self._progress.batch = 0
         self._data = data
 
-    def _begin(self, first: Batch) -> TrainState:
+    def _begin(self, first: Batch | GlobalBatch) -> TrainState:
         if self._state is None:
-            self.init(first)
+            self._state = self._engine.init(self._seed, first)
             self._shown = False
         # The step takes the buffers of its state: what the user may still hold is left whole.
         state = copy_arrays(self.state) if self._shown else self._state

@@ -1,8 +1,9 @@
 """Data sources, prefetching and the IDX reader."""
 
 from trainkit.data._arrays import Arrays
+from trainkit.data._global_batch import GlobalBatch
 from trainkit.data._idx import read_idx
 from trainkit.data._prefetch import prefetch
 from trainkit.data._source import Source, as_source
 
-__all__ = ["Arrays", "Source", "as_source", "prefetch", "read_idx"]
+__all__ = ["Arrays", "GlobalBatch", "Source", "as_source", "prefetch", "read_idx"]

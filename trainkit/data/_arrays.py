@@ -14,6 +14,7 @@ import numpy as np
 from trainkit._tree import named_leaves
 from trainkit._typing import Batch, PyTree
 from trainkit.data._batch import is_numeric, not_numeric
+from trainkit.data._global_batch import GlobalBatch
 from trainkit.data._source import Source
 from trainkit.data._tensors import to_host
 
@@ -24,8 +25,8 @@ class Arrays(Source):
 
     The order of epoch e is a pure function of the seed, e and the number of examples. It is an order of
     examples, and batches are consecutive pieces of it, so it is the same for every batch size and on every
-    host. Any batch of any epoch is reached directly. An unshuffled batch is a view: the arrays are not copied
-    and must not change while they are in use.
+    host; of several processes, each reads the rows of its own devices only. Any batch of any epoch is reached
+    directly. An unshuffled batch is a view: the arrays are not copied and must not change while in use.
 
     Args:
         arrays: a mapping, a tuple, a list, any nesting of these, or a single array; leaves `[examples, ...]`.
@@ -104,6 +105,29 @@ class Arrays(Source):
         """
         self.check_position(epoch, start)
         return self._shuffled(epoch, start) if self._shuffle else self._in_order(start)
+
+    def global_batches(self, epoch: int, start: int = 0) -> Iterator[GlobalBatch]:
+        """Returns an iterator over the same batches; what is not asked of them is not read."""
+        self.check_position(epoch, start)
+        order = self._order(epoch) if self._shuffle else None
+        return (self._global_batch(order, index) for index in range(start, self._steps))
+
+    def _global_batch(self, order: np.ndarray | None, index: int) -> GlobalBatch:
+        first = index * self._rows
+        size = min(self._rows, self.size - first)
+
+        def read(start: int, stop: int) -> Batch:
+            rows = slice(first + start, first + stop)
+            leaves = [
+                leaf[rows] if order is None else leaf.take(order[rows], axis=0) for leaf in self._leaves
+            ]
+            return jax.tree_util.tree_unflatten(self._structure, leaves)
+
+        def spec() -> Batch:
+            leaves = [jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype) for leaf in self._leaves]
+            return jax.tree_util.tree_unflatten(self._structure, leaves)
+
+        return GlobalBatch(size, read, spec)
 
     def _in_order(self, start: int) -> Iterator[Batch]:
         for index in range(start, self._steps):

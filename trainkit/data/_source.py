@@ -15,6 +15,7 @@ from typing import Any, Protocol, final, runtime_checkable
 
 from trainkit._typing import Batch, Clock
 from trainkit.data._batch import batch_size_of, check_batch
+from trainkit.data._global_batch import GlobalBatch, as_global
 from trainkit.data._tensors import is_array, to_host
 
 _logger = logging.getLogger("trainkit")
@@ -64,6 +65,18 @@ class Source(abc.ABC):
             start: the index of the first batch wanted, from 0; what follows is what an iterator from 0 yields
                 there.
         """
+
+    def global_batches(self, epoch: int, start: int = 0) -> Iterator[GlobalBatch]:
+        """Returns an iterator over the same batches, read in part: what several processes ask for.
+
+        By default each process reads every batch whole and keeps its rows. A source that can read less, as
+        `Arrays` does, overrides it.
+
+        Args:
+            epoch: as for `batches`.
+            start: as for `batches`.
+        """
+        return map(as_global, self.batches(epoch, start))
 
     def check_position(self, epoch: int, start: int) -> None:
         """Refuses a position that is negative or lies beyond the end of an epoch.

@@ -29,7 +29,7 @@ class Mesh(Spmd):
         tensor: int, size of the axis for tensor parallelism, used by `rules` and by `nn.with_partitioning`.
         rules: pairs of a regular expression, searched in the path of a parameter, and one axis name or None per
             dimension, e.g. `(r"mlp/up/kernel", (None, "tensor"))`; the first that matches counts.
-        devices: the devices to use; all local ones by default.
+        devices: the devices to use; all by default, those of other processes included.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices, or a rule matches nothing.

@@ -18,11 +18,11 @@ class PerExample(Spmd):
 
     Each example has a key of its own. Collections that a layer changes must come out the same for every
     example, which layers reach by reducing over the axis (`nn.BatchNorm(axis_name="batch")`). The batch is
-    divided over all local devices.
+    divided over the devices.
 
     Args:
         axis_name: name of the batch axis.
-        devices: the devices to use; all local ones by default.
+        devices: the devices to use; all by default, those of other processes included.
 
     Example:
         >>> PerExample(devices=jax.local_devices()[:1]).axis_name

@@ -1,5 +1,6 @@
 """`Pmap`: one replica of the step per device, which meet only in named reductions."""
 
+import collections
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
@@ -10,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from trainkit._typing import Batch, Device, PyTree
+from trainkit.parallel._hosts import count_processes, own_rows, put, put_own
 from trainkit.parallel._strategy import Forward, Role, Strategy
 
 _STEPS_IN_FLIGHT = 32
@@ -29,7 +31,7 @@ class Pmap(Strategy):
 
     Args:
         axis_name: name of the axis over the devices.
-        devices: the devices to use; all local ones by default.
+        devices: the devices to use; all by default, those of other processes included.
 
     Example:
         >>> Pmap(devices=jax.local_devices()[:1]).shards
@@ -38,14 +40,16 @@ class Pmap(Strategy):
 
     def __init__(self, *, axis_name: str = "batch", devices: Sequence[Device] | None = None) -> None:
         if devices is not None and not devices:
-            raise ValueError("devices=[] is empty; give at least one device, or None for all local ones.")
+            raise ValueError("devices=[] is empty; give at least one device, or None for all.")
         self.axis_name = axis_name
         self._devices = None if devices is None else tuple(devices)
 
     @functools.cached_property
     def devices(self) -> tuple[Device, ...]:
         """The devices; found at the first use, so that making a trainer touches no device."""
-        return self._devices or tuple(jax.local_devices())
+        devices = self._devices or tuple(jax.devices())
+        _check_equal_shares(devices)
+        return devices
 
     @property
     def shards(self) -> int:
@@ -96,6 +100,21 @@ class Pmap(Strategy):
 
     def place(self, batch: Batch) -> Batch:
         rows = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf)}
+        self._check_rows(rows)
+        return self._put(batch, jax.tree.map(self._rows_sharding, batch))
+
+    @property
+    def processes(self) -> int:
+        return self._processes
+
+    def own_rows(self, rows: int) -> slice:
+        self._check_rows({rows})
+        return own_rows(self._divided, rows)
+
+    def place_own(self, batch: Batch, rows: int) -> Batch:
+        return put_own(batch, rows, lambda shape: self._divided if shape else self._whole)
+
+    def _check_rows(self, rows: set[int]) -> None:
         uneven = [size for size in rows if size % self.shards]
         if uneven:
             raise ValueError(
@@ -103,10 +122,9 @@ class Pmap(Strategy):
                 "the loss is a scalar, the model keeps batch statistics or train_step is your own. Use a batch size "
                 f"divisible by {self.shards}, drop_last=True, or strategy='jit'."
             )
-        return jax.device_put(batch, jax.tree.map(self._rows_sharding, batch))
 
     def replicate(self, tree: PyTree) -> PyTree:
-        return jax.device_put(tree, self._whole)
+        return self._put(tree, self._whole)
 
     def lay_out(self, state: PyTree) -> PyTree:
         return self.replicate(state)
@@ -126,6 +144,13 @@ class Pmap(Strategy):
     def _divided(self) -> NamedSharding:
         return NamedSharding(self._mesh, PartitionSpec(self.axis_name))
 
+    @functools.cached_property
+    def _processes(self) -> int:
+        return count_processes(self.devices)
+
+    def _put(self, tree: PyTree, shardings: PyTree) -> PyTree:
+        return jax.device_put(tree, shardings) if self._processes == 1 else put(tree, shardings)
+
     def _rows_sharding(self, leaf: Any) -> NamedSharding:
         return self._divided if np.ndim(leaf) else self._whole
 
@@ -136,6 +161,16 @@ class Pmap(Strategy):
         if role is not Role.ROWS:
             return PartitionSpec()
         return jax.tree.map(lambda leaf: self._rows_sharding(leaf).spec, argument)
+
+
+def _check_equal_shares(devices: Sequence[Device]) -> None:
+    counts = collections.Counter(device.process_index for device in devices)
+    if len(set(counts.values())) > 1:
+        each = ", ".join(f"process {process} has {count}" for process, count in sorted(counts.items()))
+        raise ValueError(
+            f"pmap runs the same number of replicas on each process, and {each}. Start every process with as many "
+            "devices, pass devices= with equally many of each, or use strategy='jit'."
+        )
 
 
 def _merge(node: Any, axis: str) -> Any:

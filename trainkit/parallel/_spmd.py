@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from trainkit._state import TrainState
 from trainkit._typing import Batch, Device, PyTree
+from trainkit.parallel._hosts import count_processes, own_rows, put, put_own
 from trainkit.parallel._layout import BATCH_AXES, Layout, Rules, check_axes, make_mesh
 from trainkit.parallel._strategy import Role, Strategy
 
@@ -29,7 +30,7 @@ class Spmd(Strategy, abc.ABC):
         devices: Sequence[Device] | None = None,
     ) -> None:
         if devices is not None and not devices:
-            raise ValueError("devices=[] is empty; give at least one device, or None for all local ones.")
+            raise ValueError("devices=[] is empty; give at least one device, or None for all.")
         for name, size in sizes.items():
             if size is not None and (not isinstance(size, int) or size < 1):
                 raise ValueError(f"{name}={size!r}: must be an int of at least 1.")
@@ -40,7 +41,7 @@ class Spmd(Strategy, abc.ABC):
     @functools.cached_property
     def devices(self) -> tuple[Device, ...]:
         """The devices of the mesh; found at the first use, so that making a trainer touches no device."""
-        return self._devices or tuple(jax.local_devices())
+        return self._devices or tuple(jax.devices())
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -87,16 +88,26 @@ class Spmd(Strategy, abc.ABC):
         # On the default device the call itself takes NumPy arrays in less time than device_put does.
         if self._is_default_device:
             return batch
-        return jax.device_put(batch, jax.tree.map(self._rows_sharding, batch))
+        return self._put(batch, jax.tree.map(self._rows_sharding, batch))
+
+    @property
+    def processes(self) -> int:
+        return self._processes
+
+    def own_rows(self, rows: int) -> slice:
+        return own_rows(self._sharding_of((rows,)), rows)
+
+    def place_own(self, batch: Batch, rows: int) -> Batch:
+        return put_own(batch, rows, self._sharding_of)
 
     def replicate(self, tree: PyTree) -> PyTree:
-        return jax.device_put(tree) if self._is_default_device else jax.device_put(tree, self._whole)
+        return jax.device_put(tree) if self._is_default_device else self._put(tree, self._whole)
 
     def lay_out(self, state: PyTree) -> PyTree:
         if self._is_default_device:
             return jax.device_put(state)
         self._layout.check(state.params)
-        return jax.device_put(state, self._layout.shardings(state))
+        return self._put(state, self._layout.shardings(state))
 
     def describe(self) -> str:
         axes = ", ".join(
@@ -131,7 +142,16 @@ class Spmd(Strategy, abc.ABC):
     def _is_default_device(self) -> bool:
         return len(self.devices) == 1 and self.devices[0] == jax.local_devices()[0]
 
+    @functools.cached_property
+    def _processes(self) -> int:
+        return count_processes(self.devices)
+
+    def _put(self, tree: PyTree, shardings: PyTree) -> PyTree:
+        return jax.device_put(tree, shardings) if self._processes == 1 else put(tree, shardings)
+
     def _rows_sharding(self, leaf: Any) -> NamedSharding:
+        return self._sharding_of(np.shape(leaf))
+
+    def _sharding_of(self, shape: tuple[int, ...]) -> NamedSharding:
         # What does not divide is held whole by each device: the same numbers, at the price of the division.
-        shape = np.shape(leaf)
         return self._divided if shape and shape[0] % self.shards == 0 else self._whole

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from trainkit._typing import Batch, PyTree
+from trainkit.parallel._hosts import to_host
 
 Forward = Callable[..., tuple[Any, Any, Any]]
 """`forward(variables, batch, mask, step, rng) -> (losses, outputs, updated collections)`."""
@@ -93,7 +93,7 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def place(self, batch: Batch) -> Batch:
-        """Returns a host batch as the compiled step takes it."""
+        """Returns a host batch as the compiled step takes it; on several processes each gives the whole batch."""
 
     @abc.abstractmethod
     def replicate(self, tree: PyTree) -> PyTree:
@@ -108,5 +108,20 @@ class Strategy(abc.ABC):
         """Returns the layout in a few words for people, e.g. `data=8 on cpu`."""
 
     def fetch(self, tree: PyTree) -> PyTree:
-        """Returns arrays of a compiled step as NumPy arrays; waits for them."""
-        return jax.tree.map(np.asarray, tree)
+        """Returns arrays of a compiled step as NumPy arrays; waits for them. All processes must call."""
+        return jax.tree.map(to_host, tree)
+
+    # Several processes --------------------------------------------------------------------------------------
+
+    @property
+    def processes(self) -> int:
+        """Number of processes whose devices the steps run on."""
+        return 1
+
+    def own_rows(self, rows: int) -> slice:
+        """Returns which rows of a batch of `rows` this process gives to `place_own`."""
+        return slice(0, rows)
+
+    def place_own(self, batch: Batch, rows: int) -> Batch:
+        """Returns the batch of `rows` rows of which this process has `own_rows(rows)`, as `place` does."""
+        return self.place(batch)

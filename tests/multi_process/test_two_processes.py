@@ -1,0 +1,187 @@
+"""Two real processes of two devices each on loopback: they do what one process of four devices does."""
+
+import json
+import os
+import pathlib
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import trainkit as tk
+from tests.compare import assert_same
+from tests.multi_process.worker import BATCH, CASES, EXAMPLES, HEARTBEAT, SHUTDOWN, examples
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Seconds for a process to start, compile and finish on a busy machine.
+PATIENCE = 120
+
+
+def start(job, index, count, port, folder):
+    """Starts one of `count` processes with 4 devices together; its output goes to a file."""
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}", "NPROC": "8"}
+    command = [
+        sys.executable,
+        "-m",
+        "tests.multi_process.worker",
+        job,
+        *map(str, (index, count, port, folder)),
+    ]
+    with (folder / f"{index}.log").open("w") as log:
+        return subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A function that starts two processes on a job, which are ended with the test."""
+    started = []
+
+    def start_two(job):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        started.extend(start(job, index, 2, port, tmp_path) for index in range(2))
+        return started
+
+    yield start_two
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def log(folder, index):
+    return (folder / f"{index}.log").read_text(errors="replace")
+
+
+def ends(process, index, folder, seconds):
+    """Returns the exit status of `process`, which must end within `seconds`."""
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"process {index} did not end within {seconds} s:\n{log(folder, index)}")
+
+
+def wait_until_both_train(pair, folder):
+    end = time.monotonic() + PATIENCE
+    while not all((folder / f"{index}.step").exists() for index in range(2)):
+        for index, process in enumerate(pair):
+            assert process.poll() is None, log(folder, index)
+        assert time.monotonic() < end, log(folder, 0)
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """What one process of four devices finds in each case."""
+    folder = tmp_path_factory.mktemp("one")
+    assert ends(start("compare", 0, 1, 0, folder), 0, folder, PATIENCE) == 0, log(folder, 0)
+    return pickle.loads((folder / "0.pickle").read_bytes())
+
+
+def check_case(mine, other, single):
+    """Compares what two processes found, `mine` and `other`, with what one did."""
+    for name in ("history", "stopped", "evaluated", "predicted", "params", "stats", "ema"):
+        assert_same(other[name], mine[name])
+    assert mine["stopped"] == single["stopped"]
+    assert mine["stopped"][1].startswith("early stopping")
+    for name in ("params", "stats", "ema", "predicted"):
+        assert_same(mine[name], single[name], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(mine["rng"], single["rng"])
+    for name, rows in single["history"].items():
+        np.testing.assert_allclose(mine["history"][name], rows, rtol=1e-5, err_msg=name)
+
+
+def check_exact(found):
+    """Compares an evaluation and the order of a prediction with NumPy on the whole set."""
+    data, params = examples(), found["params"]
+    np.testing.assert_array_equal(found["predicted"]["number"], data["number"])
+    np.testing.assert_array_equal(found["evaluated"]["numbers"], data["number"])
+    hidden = np.maximum(data["x"] @ params["first"]["kernel"] + params["first"]["bias"], 0)
+    logits = (hidden @ params["last"]["kernel"] + params["last"]["bias"]).astype(np.float64)
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(EXAMPLES), data["label"]]
+    assert found["evaluated"]["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert found["evaluated"]["accuracy"] == pytest.approx(
+        (logits.argmax(-1) == data["label"]).mean(), rel=1e-6
+    )
+
+
+def check_shares(mine, other):
+    """Half of every batch was read by each process; of the last, one example, both read that to pad with."""
+    passes = []
+    for found in (mine, other):
+        assert max(map(len, found["read"])) == BATCH // 2
+        # The first batch is read once more, for the initialisation.
+        np.testing.assert_array_equal(found["read"][0], found["read"][1])
+        passes.append(np.concatenate(found["read"][1 : 1 + -(-EXAMPLES // BATCH)]))
+        assert len(set(passes[-1])) == len(passes[-1]) == EXAMPLES // 2 + 1
+    np.testing.assert_array_equal(np.union1d(*passes), np.arange(EXAMPLES))
+    assert np.intersect1d(*passes).size == 1
+
+
+def test_two_processes_do_what_one_does(pair, tmp_path, one_process):
+    for index, process in enumerate(pair("compare")):
+        assert ends(process, index, tmp_path, PATIENCE) == 0, log(tmp_path, index)
+    first, second = (pickle.loads((tmp_path / f"{index}.pickle").read_bytes()) for index in range(2))
+    for name in CASES:
+        check_case(first[name], second[name], one_process[name])
+        if name != "batch statistics":
+            check_exact(first[name])
+        check_shares(first[name], second[name])
+        assert (tmp_path / "logs-0" / name / "metrics.jsonl").exists()
+    assert not (tmp_path / "logs-1").exists()
+    assert_same(tk.load(tmp_path / "state.msgpack")["params"], first["jit"]["params"])
+    assert "epoch 1/5" in log(tmp_path, 0)
+    assert "epoch" not in log(tmp_path, 1)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_other_with_an_error(pair, tmp_path, killed):
+    processes = pair("endless")
+    wait_until_both_train(processes, tmp_path)
+    processes[killed].kill()
+    other = 1 - killed
+    assert ends(processes[other], other, tmp_path, HEARTBEAT + 30) != 0
+    assert "another task died" in log(tmp_path, other)
+
+
+def test_an_exception_on_one_process_ends_the_other_with_an_error(pair, tmp_path):
+    processes = pair("failing")
+    assert ends(processes[1], 1, tmp_path, PATIENCE) != 0
+    assert "a disk of process 1 failed" in log(tmp_path, 1)
+    assert ends(processes[0], 0, tmp_path, SHUTDOWN + 30) != 0
+
+
+def test_a_signal_to_one_process_ends_both_at_the_same_step(pair, tmp_path):
+    processes = pair("endless")
+    wait_until_both_train(processes, tmp_path)
+    processes[1].send_signal(signal.SIGTERM)
+    for index, process in enumerate(processes):
+        assert ends(process, index, tmp_path, PATIENCE) == 0, log(tmp_path, index)
+    first, second = (json.loads((tmp_path / f"{index}.json").read_text()) for index in range(2))
+    assert first == second
+    step, stopped_by, evaluated = first
+    assert (step % 32, stopped_by) == (0, "SIGTERM")
+    # By seconds, which the processes measure differently: they agreed on these too.
+    assert evaluated
+    assert all(at % 32 == 0 for at in evaluated)
+
+
+def test_the_example_runs_as_two_processes_on_one_machine(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = ROOT / "examples" / "multihost" / "run_local.sh"
+    env = {**os.environ, "PYTHON": sys.executable, "PORT": str(port), "PYTHONPATH": str(ROOT)}
+    command = [script, "--epochs", "1", "--give-up-after", "20", "--logdir", tmp_path / "logs"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    told = re.findall(r"process (\d) of 2: (step 22, test loss \d+\.\d+, accuracy \d\.\d+)", done.stdout)
+    assert sorted(index for index, _ in told) == ["0", "1"]
+    assert told[0][1] == told[1][1]
+    assert (tmp_path / "logs" / "metrics.jsonl").exists()

@@ -1,0 +1,174 @@
+"""What each process of the tests runs: `python -m tests.multi_process.worker JOB INDEX COUNT PORT FOLDER`.
+
+Owns the jobs; with COUNT 1 a job runs on four devices of one process. Results go to FOLDER.
+"""
+
+import json
+import pathlib
+import pickle
+import sys
+
+import flax
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from clu import metrics
+
+import trainkit as tk
+from trainkit.callbacks import EMA, EarlyStopping, Lambda, Progress
+from trainkit.metrics import collecting
+from trainkit.parallel import Mesh
+
+# Seconds after which a silent process counts as dead, and for which one that ends waits for the others.
+HEARTBEAT, SHUTDOWN = 10, 5
+# The last batch is one example: most devices, and one of two processes, have nothing but padding.
+EXAMPLES, BATCH = 97, 24
+
+
+@flax.struct.dataclass
+class Metrics(metrics.Collection):
+    loss: metrics.Average.from_output("loss")
+    accuracy: metrics.Accuracy
+    numbers: collecting(["number"], lambda rows: np.sort(rows["number"]))
+
+
+class MLP(nn.Module):
+    norm: bool = False
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Dense(16, name="first")(x))
+        if self.norm:
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        return nn.Dense(4, name="last")(x)
+
+
+class Classifier(tk.Trainer):
+    metrics = Metrics
+
+    def loss(self, model, batch, ctx):
+        logits = model(batch["x"], train=ctx.train)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return losses, {"logits": logits, "labels": batch["label"], "number": batch["number"]}
+
+    def predict_step(self, model, batch, ctx):
+        return {"logits": model(batch["x"]), "number": batch["number"]}
+
+
+CASES = {
+    "jit": {},
+    # Statistics of a batch forbid padding: the last batch is held whole by every device.
+    "batch statistics": {"model": MLP(norm=True)},
+    "pmap": {"strategy": "pmap"},
+    "fsdp, two batches a step": {"strategy": Mesh(fsdp=4), "accumulate": 2},
+}
+
+
+class Counted(tk.data.Source):
+    """The batches of a source, and the examples that this process read of them."""
+
+    may_be_partial = True
+
+    def __init__(self, source):
+        self.source, self.read, self.num_examples = source, [], source.num_examples
+        self.steps_per_epoch = source.steps_per_epoch
+
+    def batches(self, epoch, start=0):
+        return self.source.batches(epoch, start)
+
+    def global_batches(self, epoch, start=0):
+        for batch in self.source.global_batches(epoch, start):
+            yield batch._replace(read=lambda start, stop, batch=batch: self._note(batch.read(start, stop)))
+
+    def _note(self, rows):
+        self.read.append(rows["number"])
+        return rows
+
+
+def examples(seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(EXAMPLES, 5)).astype(np.float32)
+    label = (x[:, 0] > 0).astype(np.int32) + 2 * (x[:, 1] > 0).astype(np.int32)
+    return {"x": x, "label": label, "number": np.arange(EXAMPLES, dtype=np.int32)}
+
+
+def compare(index, folder):
+    """Trains, evaluates and predicts in each case."""
+    found = {}
+    for name, options in CASES.items():
+        trainer = Classifier(
+            **{"model": MLP(), "tx": optax.adam(1e-2), **options},
+            logdir=folder / f"logs-{index}" / name,
+            callbacks=[
+                EMA(0.9),
+                EarlyStopping("eval/loss", patience=1, min_delta=0.5),
+                Progress(stream=sys.stdout),
+            ],
+        )
+        source = Counted(tk.data.Arrays(examples(), BATCH, shuffle=True, drop_last=False))
+        result = trainer.fit(source, epochs=5, eval_data=tk.data.Arrays(examples(1), BATCH))
+        predicted = trainer.predict(tk.data.Arrays(examples(), BATCH))
+        if index == 0 and name == "jit":
+            tk.save(folder / "state.msgpack", result.state)
+        found[name] = {
+            "params": trainer._strategy.fetch(result.state.params),
+            "stats": trainer._strategy.fetch(result.state.batch_stats),
+            "history": {key: result.history[key] for key in ("train/loss", "eval/loss", "eval/accuracy")},
+            "stopped": (result.step, result.stopped_by),
+            "evaluated": trainer.evaluate(tk.data.Arrays(examples(), BATCH), weights="live"),
+            "predicted": predicted,
+            "read": source.read,
+            "rng": jax.random.key_data(result.state.rng),
+            "ema": trainer._strategy.fetch(EMA.view(result.state).params),
+        }
+    with (folder / f"{index}.pickle").open("wb") as file:
+        pickle.dump(found, file)
+
+
+def endless(index, folder):
+    """Trains until something ends it; says that it trains."""
+
+    def note(info):
+        (folder / f"{index}.step").write_text(str(info.step))
+
+    trainer = Classifier(MLP(), optax.sgd(1e-2), callbacks=[Lambda(every=tk.Every(steps=100), on_step=note)])
+    result = trainer.fit(
+        tk.data.Arrays(examples(), BATCH, shuffle=True),
+        steps=10**9,
+        eval_data=tk.data.Arrays(examples(1), BATCH),
+        eval_every=tk.Every(seconds=0.01),
+    )
+    evaluated = [step for step, _ in result.history["eval/loss"]]
+    (folder / f"{index}.json").write_text(json.dumps([result.step, result.stopped_by, evaluated]))
+
+
+def failing(index, folder):
+    """Trains until the data of the second process are broken."""
+
+    def batches():
+        for step in range(10**9):
+            if index == 1 and step == 50:
+                raise OSError("a disk of process 1 failed")
+            yield jax.tree.map(lambda leaf: leaf[:BATCH], examples())
+
+    Classifier(MLP(), optax.sgd(1e-2)).fit(batches, steps=10**9)
+
+
+def main():
+    job, index, count, port, folder = sys.argv[1], *map(int, sys.argv[2:5]), pathlib.Path(sys.argv[5])
+    if count > 1:
+        jax.distributed.initialize(
+            f"localhost:{port}",
+            count,
+            index,
+            initialization_timeout=60,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=SHUTDOWN,
+        )
+    assert jax.device_count() == 4
+    {"compare": compare, "endless": endless, "failing": failing}[job](index, folder)
+
+
+if __name__ == "__main__":
+    main()
