@@ -8,7 +8,7 @@ from typing import Any
 import clu.metrics
 
 from trainkit._engine import Engine
-from trainkit._loop import Progress
+from trainkit._loop import Position
 from trainkit._when import as_cadence
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._log_metrics import LogMetrics
@@ -98,14 +98,14 @@ def eval_name(name: Any) -> str:
     return name
 
 
-def peek(engine: Engine, source: Source, progress: Progress) -> tuple[Any, Iterator[Any]]:
+def peek(engine: Engine, source: Source, position: Position) -> tuple[Any, Iterator[Any]]:
     """Returns the first batch from where the data stand, and the iterator over the others."""
-    epoch = progress.epoch - 1 if progress.batch else progress.epoch
-    batches = engine.batches(source, epoch, progress.batch)
+    epoch = position.epoch - 1 if position.batch else position.epoch
+    batches = engine.batches(source, epoch, position.batch)
     first = next(batches, None)
-    if first is None and progress.batch:
-        progress.batch = 0
-        return peek(engine, source, progress)
+    if first is None and position.batch:
+        position.batch = 0
+        return peek(engine, source, position)
     if first is None:
         raise ValueError("the training source is empty: it gave no batch. Give data with at least one.")
     return first, itertools.chain((), batches)

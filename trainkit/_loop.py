@@ -47,7 +47,7 @@ _MEETING = Every(steps=32)
 
 
 @dataclasses.dataclass
-class Progress:
+class Position:
     """Where a trainer stands in its data: kept between fits.
 
     Attributes:
@@ -84,13 +84,13 @@ class Loop:
         state: TrainState,
         first: Batch,
         batches: Iterator[Batch],
-        progress: Progress,
+        position: Position,
         writer: MetricWriter,
         history: History,
         interrupts: Interrupts,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._raw, self._impl, self.progress = with_raw_key(state), key_impl(state), progress
+        self._raw, self._impl, self.position = with_raw_key(state), key_impl(state), position
         self.stopped_by: str | None = None
         self._engine, self._request, self._history, self._clock = engine, request, history, clock
         self._interrupts = interrupts
@@ -142,7 +142,7 @@ class Loop:
         return FitResult(
             state=self.state,
             step=int(self._raw.step),
-            epoch=self.progress.epoch,
+            epoch=self.position.epoch,
             seconds=self._clock() - self._started,
             stopped_by=self.stopped_by,
             history=self._history,
@@ -150,12 +150,12 @@ class Loop:
 
     def _make_plan(self) -> Plan:
         request, per_epoch = self._request, self._request.source.steps_per_epoch
-        first_epoch = self.progress.epoch - (1 if self.progress.batch else 0)
+        first_epoch = self.position.epoch - (1 if self.position.batch else 0)
         last_epoch = None if request.epochs is None else first_epoch + request.epochs
         steps = self._step + request.steps if request.steps is not None else None
         if per_epoch is not None:
             # The pass begun first, then whole ones; a tail shorter than `accumulate` is one update.
-            left = -(-(per_epoch - self.progress.batch) // request.accumulate)
+            left = -(-(per_epoch - self.position.batch) // request.accumulate)
             per_epoch = -(-per_epoch // request.accumulate)
             if request.epochs is not None:
                 steps = self._step + left + (request.epochs - 1) * per_epoch
@@ -184,14 +184,14 @@ class Loop:
             return True
         if self._request.steps is not None:
             return plan.steps is not None and self._step >= plan.steps
-        return plan.epochs is not None and self.progress.epoch >= plan.epochs and self.progress.batch == 0
+        return plan.epochs is not None and self.position.epoch >= plan.epochs and self.position.batch == 0
 
     # One pass over the data -----------------------------------------------------------------------------------
 
     def _epoch(self) -> None:
-        begins, first_step = self.progress.batch == 0, self._step
+        begins, first_step = self.position.batch == 0, self._step
         if begins:
-            self.progress.epoch += 1
+            self.position.epoch += 1
         try:
             batches = self._open_pass()
             self._dispatch.call("on_epoch_start")
@@ -205,12 +205,12 @@ class Loop:
         finally:
             # Broken off before its first step, a pass was not begun: the next fit goes on with it.
             if begins and self._step == first_step:
-                self.progress.epoch -= 1
+                self.position.epoch -= 1
 
     def _open_pass(self) -> Iterator[Batch]:
         batches, self._batches = self._batches, None
         if batches is None:
-            batches = self._engine.batches(self._request.source, self.progress.epoch - 1, self.progress.batch)
+            batches = self._engine.batches(self._request.source, self.position.epoch - 1, self.position.batch)
         return batches
 
     def _run_pass(self, batches: Iterator[Any]) -> None:
@@ -221,7 +221,7 @@ class Loop:
         batch: Any = next(batches, _END)
         if batch is _END:
             raise ValueError(
-                f"the training source gave no batch in epoch {self.progress.epoch}. It must give batches for every "
+                f"the training source gave no batch in epoch {self.position.epoch}. It must give batches for every "
                 "epoch; an iterator that is used up can be wrapped in a function that opens a new one."
             )
         due, alarm, interrupts = self._due(), self._alarm(), self._interrupts
@@ -233,7 +233,7 @@ class Loop:
                 check_batch(spec_of(batch))  # names the leaf that no step can take, where that was the reason
                 raise
             self._step += 1
-            self.progress.batch += fed.batches
+            self.position.batch += fed.batches
             # Looking one batch ahead tells whether this was the last step of the pass, and overlaps the step.
             try:
                 batch = next(batches, _END)
@@ -244,7 +244,7 @@ class Loop:
             rung = alarm < NEVER and self._clock() >= alarm
             if self._step >= due or batch is _END or rung or interrupts.received:
                 if batch is _END:
-                    self.progress.batch = 0
+                    self.position.batch = 0
                 self._at_step(pass_done=batch is _END)
                 if self._finished():
                     break
@@ -262,7 +262,7 @@ class Loop:
         return self._started + min(self._steppers.next_time, self._evaluations.next_time)
 
     def _at_step(self, *, pass_done: bool) -> None:
-        epoch = self.progress.epoch if pass_done else None
+        epoch = self.position.epoch if pass_done else None
         for chore in self._chores.take_due(self._step, epoch, 0.0):
             chore.run()
         self._stop_if_interrupted()
@@ -304,7 +304,7 @@ class Loop:
     def _info(self, callback: Callback, hook: str) -> Info:
         return Info(
             step=self._step,
-            epoch=self.progress.epoch,
+            epoch=self.position.epoch,
             state=lambda: self.state,
             metrics=functools.cache(functools.partial(self._metrics_for, callback, hook)),
             history=self._history,

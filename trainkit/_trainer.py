@@ -24,7 +24,7 @@ from trainkit._engine import Engine
 from trainkit._evaluate import evaluate, predict
 from trainkit._history import History
 from trainkit._interrupts import Interrupts
-from trainkit._loop import Loop, Progress, Request
+from trainkit._loop import Loop, Position, Request
 from trainkit._model import LinenModel
 from trainkit._overview import overview
 from trainkit._precision import resolve_precision
@@ -111,7 +111,7 @@ class Trainer:
         self._logdir = None if logdir is None else local_folder(logdir)
         self._writers = tuple(writers)
         self._history = History()
-        self._progress = Progress()
+        self._position = Position()
         self._data: Any = None
         self._state: TrainState | None = None
         self._shown = False
@@ -269,14 +269,14 @@ class Trainer:
         interrupts = Interrupts(alone=self._strategy.processes == 1)
         # The logs first: a folder that can't be written to is refused before anything compiles.
         with interrupts.listening(), open_writers(self._logdir, self._writers, self._history) as writer:
-            first, batches = peek(self._engine, source, self._progress)
+            first, batches = peek(self._engine, source, self._position)
             loop = Loop(
                 self._engine,
                 request,
                 state=self._begin(first),
                 first=first,
                 batches=batches,
-                progress=self._progress,
+                position=self._position,
                 writer=writer,
                 history=self._history,
                 interrupts=interrupts,
@@ -354,7 +354,7 @@ class Trainer:
     def _aim_at(self, data: Any) -> None:
         # The same data goes on inside its pass; other data begin a pass of their own.
         if data is not self._data:
-            self._progress.batch = 0
+            self._position.batch = 0
         self._data = data
 
     def _begin(self, first: Batch | GlobalBatch) -> TrainState:

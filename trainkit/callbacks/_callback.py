@@ -88,7 +88,7 @@ class Callback:
         """Called once when a fit ends without an exception, stopped early or not."""
 
     def on_exception(self, info: Info, exc: BaseException) -> None:
-        """Called when anything raised, Ctrl-C included; the exception is raised again afterwards.
+        """Called when anything raised, a second Ctrl-C included; the exception is raised again afterwards.
 
         Args:
             info: as for the other hooks.
