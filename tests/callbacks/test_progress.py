@@ -43,7 +43,7 @@ def fit(stream, *, step_seconds=1.0, plan=PLAN, epochs=5, evaluate=True):
             progress.on_eval_start(make_info(step, epoch=epoch, plan=plan))
             clock.seconds += 3 * step_seconds
             progress.on_eval_end(make_info(step, {"eval/loss": 2 / step}, epoch=epoch, plan=plan))
-        progress.on_epoch_end(make_info(step, epoch=epoch, plan=plan))
+        progress.on_epoch_end(make_info(step, {"train/loss": 0.5 / step}, epoch=epoch, plan=plan))
     progress.on_fit_end(make_info(step, epoch=epochs, plan=plan))
     progress.close()
 
@@ -62,7 +62,14 @@ def test_lines_say_everything():
     lines = stream.getvalue().splitlines()
     # Metrics are those of one interval before.
     assert lines[0] == "epoch 1/5  step 10/100  1.0 steps/s  0:00:10  eta 0:01:30  train loss 0.2"
-    assert lines[-1] == "epoch 5/5  step 100/100  1.0 steps/s  0:01:55  train loss 0.01  eval loss 0.02"
+    # Beside those of an evaluation stand those of the epoch it ends.
+    assert lines[-1] == "epoch 5/5  step 100/100  1.0 steps/s  0:01:55  train loss 0.005  eval loss 0.02"
+
+
+def test_without_an_evaluation_nothing_is_waited_for():
+    stream = io.StringIO()
+    fit(stream, evaluate=False)
+    assert stream.getvalue().splitlines()[-1].endswith("train loss 0.01")
 
 
 def test_evaluation_does_not_count_as_training_time():
@@ -193,7 +200,7 @@ def test_the_bar_says_everything(terminal):
     assert re.search(r"epoch 2/5 ━+╸?━* +30/100 +1\.0 steps/s 0:00:33 eta 0:01:10", pictures)
     last = pictures[pictures.rindex("epoch") :]
     assert re.match(r"epoch 5/5 ━+ 100/100 +1\.0 steps/s 0:01:55", last)
-    assert "train  loss 0.01" in last
+    assert "train  loss 0.005" in last
     assert "eval   loss 0.02" in last
 
 

@@ -79,10 +79,16 @@ class Progress(Callback):
 
     def on_eval_end(self, info: Info) -> None:
         self._eval_seconds += self._clock() - self._eval_started
+        self._evaluated_at = info.step
         self._keep(info.metrics)
         self._show(info)
 
     def on_epoch_end(self, info: Info) -> None:
+        if self._evaluated_at == info.step:
+            # The evaluation has waited for the devices, so the epoch's own metrics cost no wait; they are the
+            # ones to stand beside it.
+            self._keep(info.metrics)
+            self._pending = {}
         self._show(info, end_of_epoch=True)
 
     def on_fit_end(self, info: Info) -> None:
@@ -105,6 +111,7 @@ class Progress(Callback):
 
     def _begin(self, step: int) -> None:
         self._first_step, self._started = step, self._clock()
+        self._evaluated_at: int | None = None
         self._eval_started = self._eval_seconds = 0.0
         self._samples: collections.deque[tuple[int, float]] = collections.deque(maxlen=_SPEED_SAMPLES)
         self._pending: Mapping[str, Any] = {}
