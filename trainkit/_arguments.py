@@ -1,7 +1,6 @@
 """The arguments of a trainer: refused early, with what was got, what is allowed and what to do. Owns no state."""
 
 import inspect
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -108,4 +107,4 @@ def peek(engine: Engine, source: Source, position: Position) -> tuple[Any, Itera
         return peek(engine, source, position)
     if first is None:
         raise ValueError("the training source is empty: it gave no batch. Give data with at least one.")
-    return first, itertools.chain((), batches)
+    return first, batches
