@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from trainkit import callbacks, data, hooks, metrics, parallel, writers
 from trainkit._context import StepContext
+from trainkit._errors import NonFiniteError
 from trainkit._history import History
 from trainkit._result import FitResult
 from trainkit._state import TrainState
 from trainkit._trainer import Trainer
 from trainkit._version import __version__
 from trainkit._when import At, Every, Never
-from trainkit.callbacks._callback import Stop, Update
+from trainkit.callbacks._callback import Rollback, Save, Stop, Update
 
 if TYPE_CHECKING:
-    from trainkit import export, testing
+    from trainkit import checkpoint, export, testing
     from trainkit._serialize import load, save
 
 __all__ = [
@@ -26,6 +27,9 @@ __all__ = [
     "FitResult",
     "History",
     "Never",
+    "Rollback",
+    "Save",
+    "NonFiniteError",
     "StepContext",
     "Stop",
     "TrainState",
@@ -33,6 +37,7 @@ __all__ = [
     "Update",
     "__version__",
     "callbacks",
+    "checkpoint",
     "data",
     "export",
     "hooks",
@@ -45,7 +50,7 @@ __all__ = [
 ]
 
 # What few programs need is imported at its first use.
-_MODULES = {"export": "trainkit.export", "testing": "trainkit.testing"}
+_MODULES = {"checkpoint": "trainkit.checkpoint", "export": "trainkit.export", "testing": "trainkit.testing"}
 _FUNCTIONS = {"load": "trainkit._serialize", "save": "trainkit._serialize"}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import clu.metrics
 
 from trainkit._engine import Engine
-from trainkit._loop import Position
+from trainkit._request import Position
 from trainkit._when import as_cadence
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._log_metrics import LogMetrics

@@ -6,13 +6,13 @@ Owns the order among callbacks; not when a hook is due, which is the loop's.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trainkit.callbacks._callback import Callback, Phase, Stop, Update
+from trainkit.callbacks._callback import Callback, Phase, Rollback, Save, Stop, Update
 from trainkit.callbacks._info import Info
 
 InfoFor = Callable[[Callback, str], Info]
 """Makes the information for one call: `info_for(callback, hook)`."""
 
-Act = Callable[[Callback, Stop | Update], None]
+Act = Callable[[Callback, Stop | Update | Save | Rollback], None]
 """Carries out what a hook returned."""
 
 
@@ -76,16 +76,22 @@ class Dispatcher:
             info.expire()
         if action is None:
             return
-        if not isinstance(action, (Stop, Update)):
+        if not isinstance(action, (Stop, Update, Save, Rollback)):
             raise TypeError(
-                f"{_name(callback)}.{hook} returned {action!r}; a hook returns tk.Stop(reason), tk.Update(fn) or None."
+                f"{_name(callback)}.{hook} returned {action!r}; a hook returns tk.Stop(reason), tk.Update(fn), "
+                "tk.Save(), tk.Rollback(reason) or None."
             )
         self._act(callback, action)
 
 
+def guards(callbacks: Sequence[Callback]) -> list[Callback]:
+    """Returns the callbacks of the first phase, which may refuse what was done since they last looked."""
+    return [callback for callback in callbacks if callback.phase == Phase.GUARD]
+
+
 def before_checkpoints(callbacks: Sequence[Callback]) -> list[Callback]:
-    """Returns the callbacks of the phases before an evaluation at the same step."""
-    return [callback for callback in callbacks if callback.phase < Phase.CHECKPOINT]
+    """Returns the callbacks of the phases between the guards and an evaluation at the same step."""
+    return [callback for callback in callbacks if Phase.GUARD < callback.phase < Phase.CHECKPOINT]
 
 
 def checkpoints(callbacks: Sequence[Callback]) -> list[Callback]:

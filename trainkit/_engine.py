@@ -82,6 +82,13 @@ class Engine:
                 batch = unpad(feed.place(batch).batch, rows)
             return init(self.strategy.replicate(jax.random.key(seed)), self.strategy.replicate(batch))
 
+    def init_spec(self, batch: Batch | GlobalBatch) -> TrainState:
+        """Returns the shapes and dtypes of what `init` returns, without computing it."""
+        check_batch(spec_of(batch))
+        with explained_errors():
+            init = self.strategy.compile(self.steps.init, inputs=(Role.WHOLE, Role.WHOLE), outputs=Role.STATE)
+            return jax.eval_shape(init, jax.random.key(0), spec_of(batch))
+
     def complete(self, state: TrainState, seed: int) -> TrainState:
         """Returns `state` on the devices, with the key and the memory of step hooks that it may lack.
 

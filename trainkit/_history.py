@@ -44,6 +44,23 @@ class History(Mapping[str, list[tuple[int, float]]]):
         """Returns the newest value of `name`."""
         return self[name][-1][1]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the steps, int64[n], and values, float64[n], of each name."""
+        return {
+            name: {
+                "steps": np.array([step for step, _ in pairs], np.int64),
+                "values": np.array([value for _, value in pairs], np.float64),
+            }
+            for name, pairs in self._series.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Becomes what `state_dict` was called on."""
+        self._series = {
+            name: list(zip(series["steps"].tolist(), series["values"].tolist(), strict=True))
+            for name, series in state.items()
+        }
+
     def to_rows(self) -> list[dict[str, Any]]:
         """Returns one dict a step, in order: `{"step": 10, "train/loss": 0.5, ...}` with what was logged there."""
         rows: dict[int, dict[str, Any]] = {}

@@ -1,76 +1,56 @@
 """One fit: the order of everything that happens in it, and nothing else.
 
 The step runs alone between two steps at which host code is due; `_due` knows the next one. Order at such a
-step: `on_step` (writers, then monitors), the evaluation with its hooks, `on_step` of checkpoints, `on_epoch_end`.
+step: `on_step` (guards, writers, monitors), the evaluation with its hooks, `on_epoch_end` where the pass is done,
+`on_step` of checkpoints. So a checkpoint holds all that was done at its step. A signal breaks off before the
+evaluation; then the checkpoint says what is owed, and the fit that goes on with it settles that first.
 """
 
-import dataclasses
 import functools
 import itertools
-import math
-import pathlib
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from trainkit._agreement import agree
-from trainkit._dispatch import Dispatcher, before_checkpoints, checkpoints
+from trainkit._dispatch import Dispatcher, before_checkpoints, checkpoints, guards
 from trainkit._engine import Engine, key_impl
 from trainkit._evaluate import evaluate
 from trainkit._feed import Fed
 from trainkit._history import History
 from trainkit._interrupts import Interrupts
+from trainkit._record import Record
+from trainkit._request import Position, Request
+from trainkit._restoring import restore_state
 from trainkit._result import FitResult
+from trainkit._resuming import newest_whole
+from trainkit._saved import Saved, contents_of, load_saved
 from trainkit._state import TrainState
 from trainkit._step import with_raw_key, with_typed_key
+from trainkit._timetable import Chore, Timetable
 from trainkit._tree import differences, is_key, signature
 from trainkit._typing import Batch
-from trainkit._when import NEVER, Cadence, Every
-from trainkit._windows import NO_METRICS, Reader, TrainMetrics
-from trainkit.callbacks._callback import Callback, Stop, Update
+from trainkit._when import NEVER, Every
+from trainkit._windows import NO_METRICS, TrainMetrics
+from trainkit.callbacks._callback import Callback, Rollback, Save, Stop, Update
+from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.callbacks._info import Info, Plan
+from trainkit.checkpoint._store import Contents
 from trainkit.data._batch import check_batch
 from trainkit.data._global_batch import spec_of
-from trainkit.data._source import Source
 from trainkit.metrics._accumulator import Accumulator
-from trainkit.writers._attributed import Attributed, Ledger
 from trainkit.writers._writer import MetricWriter
 
 _END = object()
+_LOG = logging.getLogger("trainkit")
 # Carried float32 sums and int32 counts are handed to the host at least this often, and merged there in float64.
 _SEGMENT = Every(steps=512)
 # How often several processes agree on the time and on signals: each time costs a round trip.
 _MEETING = Every(steps=32)
-
-
-@dataclasses.dataclass
-class Position:
-    """Where a trainer stands in its data: kept between fits.
-
-    Attributes:
-        epoch: passes over the training source begun.
-        batch: batches of the running pass already used; 0 between passes.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What one fit was asked to do; exactly one of `epochs` and `steps` is given."""
-
-    source: Source
-    epochs: int | None
-    steps: int | None
-    evaluations: Mapping[str, Source]
-    eval_every: Cadence | None
-    accumulate: int
-    callbacks: tuple[Callback, ...]
-    logdir: pathlib.Path | None
 
 
 class Loop:
@@ -88,6 +68,7 @@ class Loop:
         writer: MetricWriter,
         history: History,
         interrupts: Interrupts,
+        resumed: Saved | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._raw, self._impl, self.position = with_raw_key(state), key_impl(state), position
@@ -96,25 +77,31 @@ class Loop:
         self._interrupts = interrupts
         self._batches: Iterator[Batch] | None = itertools.chain([first], batches)
         self._prepared = engine.prepare_train(state, request.source, first)
-        self._step = int(state.step)
+        self._step = int(state.step) if resumed is None else resumed.step
+        begun = position.epoch - (1 if position.batch else 0)
+        self._first_step, self._first_epoch = self._step, begun
+        if resumed is not None:
+            self._first_step, self._first_epoch = resumed.first_step, resumed.first_epoch
         self._plan = self._make_plan()
         self._metrics = TrainMetrics(self._prepared.accumulator, self._prepared.empty)
-        ledger = Ledger()
-        self._writers = {
-            id(callback): Attributed(writer, owner, ledger)
-            for callback, owner in zip(request.callbacks, _owners(request.callbacks), strict=True)
-        }
-        self._readers: dict[int, Reader] = {id(c): self._metrics.reader() for c in request.callbacks}
-        self._epoch_reader = self._metrics.reader()
+        self._record = Record(request.callbacks, writer, history, self._metrics)
+        self._epoch_reader = self._metrics.reader("epoch")
         self._eval_metrics: Mapping[str, Any] = NO_METRICS
         self._epoch_metrics: Mapping[str, Any] = NO_METRICS
         self._started, self._agreed_seconds = clock(), 0.0
         self._together = engine.strategy.processes > 1
         self._dispatch = Dispatcher(request.callbacks, self._info, self._act)
-        self._steppers = _Timetable(self._dispatch.implementing("on_step"), self._step)
-        evaluation = _Chore(request.eval_every or Every(epochs=1), self._evaluate)
-        self._evaluations = _Timetable([evaluation] if request.evaluations else [], self._step)
-        self._chores = _Timetable(self._make_chores(), self._step)
+        self._keepers = [callback for callback in request.callbacks if isinstance(callback, Checkpoint)]
+        self._wanted: set[int] = set()
+        self._rollback: tuple[Callback, str] | None = None
+        self._owed_evaluation = self._owed_epoch_end = self._goes_on = False
+        self._pass_begun = self._pass_told = False
+        if resumed is not None:
+            self._record.take_back(resumed, engine.strategy.replicate)
+            self.stopped_by = resumed.stopped_by
+            self._owed_evaluation, self._owed_epoch_end = resumed.evaluation_owed, resumed.epoch_end_owed
+            self._goes_on = position.batch > 0
+        self._make_timetables()
 
     @property
     def state(self) -> TrainState:
@@ -128,6 +115,9 @@ class Loop:
         error: BaseException | None = None
         try:
             self._dispatch.start()
+            if self._owed_evaluation or self._owed_epoch_end:
+                self._settle()
+                self._save(everyone=True)
             while not self._finished():
                 self._epoch()
             self._dispatch.call("on_fit_end")
@@ -144,30 +134,37 @@ class Loop:
             step=int(self._raw.step),
             epoch=self.position.epoch,
             seconds=self._clock() - self._started,
-            stopped_by=self.stopped_by,
+            # A signal that came after the last step was not acted upon, and is not to be swallowed.
+            stopped_by=self.stopped_by or self._interrupts.noted,
             history=self._history,
         )
 
     def _make_plan(self) -> Plan:
         request, per_epoch = self._request, self._request.source.steps_per_epoch
-        first_epoch = self.position.epoch - (1 if self.position.batch else 0)
-        last_epoch = None if request.epochs is None else first_epoch + request.epochs
-        steps = self._step + request.steps if request.steps is not None else None
+        last_epoch = None if request.epochs is None else self._first_epoch + request.epochs
+        steps = None if request.steps is None else self._first_step + request.steps
         if per_epoch is not None:
             # The pass begun first, then whole ones; a tail shorter than `accumulate` is one update.
             left = -(-(per_epoch - self.position.batch) // request.accumulate)
             per_epoch = -(-per_epoch // request.accumulate)
-            if request.epochs is not None:
-                steps = self._step + left + (request.epochs - 1) * per_epoch
-        return Plan(self._step, steps, last_epoch, per_epoch, tuple(request.evaluations))
+            if last_epoch is not None:
+                to_go = last_epoch - self.position.epoch + (1 if self.position.batch else 0)
+                steps = self._step + (left + (to_go - 1) * per_epoch if to_go > 0 else 0)
+        return Plan(self._first_step, steps, last_epoch, per_epoch, tuple(request.evaluations))
 
-    def _make_chores(self) -> list["_Chore"]:
-        chores = [_Chore(_SEGMENT, self._metrics.cut)]
+    def _make_timetables(self) -> None:
+        self._steppers = Timetable(self._dispatch.implementing("on_step"), self._step)
+        evaluation = Chore(self._request.eval_every or Every(epochs=1), self._evaluate)
+        self._evaluations = Timetable([evaluation] if self._request.evaluations else [], self._step)
+        self._chores = Timetable(self._make_chores(), self._step)
+
+    def _make_chores(self) -> list["Chore"]:
+        chores = [Chore(_SEGMENT, self._metrics.cut)]
         ahead = self._engine.strategy.in_flight
         if ahead:
-            chores.append(_Chore(Every(steps=ahead), lambda: jax.block_until_ready(self._metrics.packed)))
+            chores.append(Chore(Every(steps=ahead), lambda: jax.block_until_ready(self._metrics.packed)))
         if self._together:
-            chores.append(_Chore(_MEETING, self._meet))
+            chores.append(Chore(_MEETING, self._meet))
         return chores
 
     def _meet(self) -> None:
@@ -179,33 +176,46 @@ class Loop:
         return self._agreed_seconds if self._together else self._clock() - self._started
 
     def _finished(self) -> bool:
+        return self.stopped_by is not None or self._over()
+
+    def _over(self) -> bool:
+        """Says whether all that was asked for is done."""
         plan = self._plan
-        if self.stopped_by is not None:
-            return True
         if self._request.steps is not None:
             return plan.steps is not None and self._step >= plan.steps
         return plan.epochs is not None and self.position.epoch >= plan.epochs and self.position.batch == 0
 
+    @property
+    def _interrupted(self) -> bool:
+        return self._interrupts.received is not None
+
     # One pass over the data -----------------------------------------------------------------------------------
 
     def _epoch(self) -> None:
-        begins, first_step = self.position.batch == 0, self._step
+        begins, goes_on, self._goes_on = self.position.batch == 0, self._goes_on, False
+        self._pass_begun, self._pass_told = not begins, False
         if begins:
             self.position.epoch += 1
         try:
             batches = self._open_pass()
-            self._dispatch.call("on_epoch_start")
-            self._epoch_reader.take()
+            if not goes_on:
+                self._dispatch.call("on_epoch_start")
+                self._epoch_reader.take()
             if self.stopped_by is None:
                 self._run_pass(batches)
-            self._metrics.cut()
-            self._epoch_metrics = self._epoch_reader.take()
-            self._dispatch.call("on_epoch_end")
-            self._epoch_metrics = NO_METRICS
+            if not self._pass_told and not self._interrupted:
+                self._end_pass()
         finally:
             # Broken off before its first step, a pass was not begun: the next fit goes on with it.
-            if begins and self._step == first_step:
+            if not self._pass_begun:
                 self.position.epoch -= 1
+
+    def _end_pass(self) -> None:
+        self._pass_told = True
+        self._metrics.cut()
+        self._epoch_metrics = self._epoch_reader.take()
+        self._dispatch.call("on_epoch_end")
+        self._epoch_metrics = NO_METRICS
 
     def _open_pass(self) -> Iterator[Batch]:
         batches, self._batches = self._batches, None
@@ -234,6 +244,7 @@ class Loop:
                 raise
             self._step += 1
             self.position.batch += fed.batches
+            self._pass_begun = True
             # Looking one batch ahead tells whether this was the last step of the pass, and overlaps the step.
             try:
                 batch = next(batches, _END)
@@ -272,12 +283,29 @@ class Loop:
         if self._together and steppers:
             # Here on all processes, in case a callback looks at its metrics on one of them only.
             self._metrics.cut()
-        self._dispatch.call_each("on_step", before_checkpoints(steppers))
-        # Told nothing else, a fit that ends inside a pass is evaluated where it ends.
-        ending = self._request.eval_every is None and self._finished()
-        if self._request.evaluations and (evaluations or ending) and self._interrupts.received is None:
-            self._evaluate()
+        self._dispatch.call_each("on_step", guards(steppers))
+        if self._rollback is None:
+            self._dispatch.call_each("on_step", before_checkpoints(steppers))
+            # Told nothing else, a fit that ends inside a pass is evaluated where it ends.
+            stopped = self.stopped_by is not None and not self._interrupted
+            ending = self._request.eval_every is None and (stopped or self._over())
+            self._owed_evaluation = bool(self._request.evaluations) and (bool(evaluations) or ending)
+            self._owed_epoch_end = pass_done
+            self._settle()
+        if self._rollback is not None:
+            self._roll_back()
+            return
         self._dispatch.call_each("on_step", checkpoints(steppers))
+        self._stop_if_interrupted()  # a signal that came meanwhile: what was due is done, and can be saved
+        self._save()
+
+    def _settle(self) -> None:
+        """Evaluates and ends the pass, where that is due and until a signal comes."""
+        if self._owed_evaluation and not self._interrupted:
+            self._owed_evaluation = not self._evaluate()
+        if self._owed_epoch_end and not self._interrupted and self._rollback is None:
+            self._owed_epoch_end = False
+            self._end_pass()
 
     def _stop_if_interrupted(self) -> None:
         if self._interrupts.received is not None:
@@ -285,19 +313,69 @@ class Loop:
 
     # Evaluation -----------------------------------------------------------------------------------------------
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Evaluates, and says whether that was done to the end."""
         self._dispatch.call("on_eval_start")
+        if self._rollback is not None:
+            return False
         state = self._engine.averaged(self.state)
         metrics: dict[str, Any] = {}
         for name, source in self._request.evaluations.items():
             values = evaluate(self._engine, state, source, lambda: self._interrupts.received is not None)
             if values is None:
                 self._stop_if_interrupted()
-                return
+                return False
             metrics |= {f"{name}/{metric}": value for metric, value in values.items()}
         self._eval_metrics = metrics
         self._dispatch.call("on_eval_end")
         self._eval_metrics = NO_METRICS
+        return True
+
+    # Saving and going back ------------------------------------------------------------------------------------
+
+    def _save(self, *, everyone: bool = False) -> None:
+        wanted, self._wanted = self._wanted, set()
+        for keeper in self._keepers:
+            if everyone or self._finished() or id(keeper) in wanted:
+                keeper.save(self._step, self._contents)
+
+    def _contents(self, labels: Mapping[str, Any]) -> Contents:
+        saved = Saved(
+            step=self._step,
+            fit=self._request.fit,
+            first_step=self._first_step,
+            first_epoch=self._first_epoch,
+            epoch=self.position.epoch,
+            batch=self.position.batch,
+            evaluation_owed=self._owed_evaluation,
+            epoch_end_owed=self._owed_epoch_end,
+            stopped_by=None if self._interrupted else self.stopped_by,
+            choice=None,
+            **self._record.state(self._step),
+        )
+        return contents_of(self.state, saved, labels)
+
+    def _roll_back(self) -> None:
+        assert self._rollback is not None
+        (callback, reason), self._rollback = self._rollback, None
+        if not self._keepers:
+            raise RuntimeError(
+                f"{reason}; there is no checkpoint to go back to: add tk.callbacks.Checkpoint()."
+            )
+        store = self._keepers[0].store
+        store.wait()
+        step = newest_whole(store)
+        if step is None:
+            raise RuntimeError(f"{reason}; no checkpoint was saved yet to go back to: save earlier.")
+        _LOG.warning(
+            "%s: back from step %d to %d; the batches since are passed over.", reason, self._step, step
+        )
+        self._raw = with_raw_key(restore_state(self._engine, store, step, self.state))
+        self._step = step
+        self._metrics.clear()
+        self._record.take_back(load_saved(store, step), self._engine.strategy.replicate, without=callback)
+        self._plan = self._make_plan()
+        self._make_timetables()
 
     # What callbacks are told, and what they ask for -----------------------------------------------------------
 
@@ -309,7 +387,7 @@ class Loop:
             metrics=functools.cache(functools.partial(self._metrics_for, callback, hook)),
             history=self._history,
             logdir=self._request.logdir,
-            writer=self._writers[id(callback)],
+            writer=self._record.writer(callback),
             plan=self._plan,
             seconds=self._clock() - self._started,
             direction=functools.partial(direction_of, self._prepared.accumulator),
@@ -318,12 +396,23 @@ class Loop:
     def _metrics_for(self, callback: Callback, hook: str) -> Mapping[str, Any]:
         if hook in ("on_step", "on_fit_end", "on_exception"):
             self._metrics.cut()
-            return self._readers[id(callback)].take()
+            return self._record.reader(callback).take()
         if hook == "on_eval_end":
             return self._eval_metrics
         return self._epoch_metrics
 
-    def _act(self, callback: Callback, action: Stop | Update) -> None:
+    def _act(self, callback: Callback, action: Stop | Update | Save | Rollback) -> None:
+        if isinstance(action, Save):
+            keepers = [callback] if isinstance(callback, Checkpoint) else self._keepers
+            if not keepers:
+                raise RuntimeError(
+                    f"{type(callback).__name__} returned Save, and nothing saves: add tk.callbacks.Checkpoint()."
+                )
+            self._wanted |= {id(keeper) for keeper in keepers}
+            return
+        if isinstance(action, Rollback):
+            self._rollback = self._rollback or (callback, action.reason)
+            return
         if isinstance(action, Stop):
             self.stopped_by = self.stopped_by or action.reason
             return
@@ -340,15 +429,6 @@ class Loop:
         self._raw = with_raw_key(self._engine.strategy.lay_out(own))
 
 
-def _owners(callbacks: Sequence[Callback]) -> list[str]:
-    """Returns a name for each callback in messages about what it writes; its place tells apart those of one class."""
-    classes = [type(callback).__name__ for callback in callbacks]
-    return [
-        name if classes.count(name) == 1 else f"{name} (number {index} of the callbacks)"
-        for index, name in enumerate(classes, start=1)
-    ]
-
-
 def _grouped(batches: Iterator[Batch], size: int) -> Iterator[tuple[Batch, ...]]:
     while group := tuple(itertools.islice(batches, size)):
         yield group
@@ -362,44 +442,3 @@ def _own(new: Any, old: Any) -> Any:
 def direction_of(accumulator: Accumulator, name: str) -> str | None:
     """Returns "min" or "max" for a full metric name such as `eval/accuracy`, None where nothing is registered."""
     return accumulator.direction(name.rsplit("/", 1)[-1])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chore:
-    """Something the loop itself does at a cadence."""
-
-    every: Cadence
-    run: Callable[[], Any]
-
-
-class _Timetable:
-    """When each of several things with a cadence `every` is due next."""
-
-    def __init__(self, things: list[Any], step: int) -> None:
-        self._things = things
-        self._steps = [thing.every.next_step(step) for thing in things]
-        self._times = [thing.every.seconds or math.inf for thing in things]
-
-    @property
-    def next_step(self) -> float:
-        """The next step at which something is due by steps."""
-        return min(self._steps, default=NEVER)
-
-    @property
-    def next_time(self) -> float:
-        """The next time, in seconds into the fit, at which something is due."""
-        return min(self._times, default=NEVER)
-
-    def take_due(self, step: int, epoch: int | None, now: float) -> list[Any]:
-        """Returns what is due after `step`, which completed `epoch` (None: none), `now` seconds into the fit."""
-        due = []
-        for index, thing in enumerate(self._things):
-            every = thing.every
-            by_step, by_time = step >= self._steps[index], now >= self._times[index]
-            if by_step:
-                self._steps[index] = every.next_step(step)
-            if by_time:
-                self._times[index] = now + (every.seconds or math.inf)
-            if by_step or by_time or (epoch is not None and every.due_epoch(epoch)):
-                due.append(thing)
-        return due

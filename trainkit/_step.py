@@ -22,9 +22,12 @@ from trainkit._context import StepContext
 from trainkit._model import Model
 from trainkit._precision import Precision
 from trainkit._state import TrainState, key_of
+from trainkit._step_guard import settle
+from trainkit._step_parts import Pass, Updated
 from trainkit._trace import TraceLog
-from trainkit._typing import Batch, Outputs, PyTree
-from trainkit.hooks._hook import StepHook, StepValues, init_hooks, update_hooks
+from trainkit._tree import select
+from trainkit._typing import Batch, Outputs, PyTree, Variables
+from trainkit.hooks._hook import StepHook, admitted, init_hooks, update_hooks
 from trainkit.hooks._loss_scale import NAME as LOSS_SCALE
 from trainkit.hooks._loss_scale import LossScale, adjusted, all_finite, loss_scale_hook
 from trainkit.metrics._accumulator import Accumulator
@@ -52,42 +55,6 @@ class Traits(NamedTuple):
 
     per_example: bool
     outputs: dict[str, Any]
-
-
-class Pass(NamedTuple):
-    """One pass forward and back over one batch of a step.
-
-    Attributes:
-        loss: `float32[]`, its share of the mean loss over the real examples of the step.
-        losses: `[batch]` or a scalar.
-        outputs: of the loss.
-        updated: the collections it changed.
-        grads: of `loss`.
-    """
-
-    loss: jax.Array
-    losses: jax.Array
-    outputs: dict[str, Any]
-    updated: dict[str, Any]
-    grads: PyTree
-
-
-class Updated(NamedTuple):
-    """One optimizer update.
-
-    Attributes:
-        state: after it.
-        loss: `float32[]`, mean over the real examples.
-        grads: of `loss`; None where `train_step` is overridden.
-        outputs: for the metrics, one mapping per batch of the step.
-        per_example: whether the losses come one per example.
-    """
-
-    state: TrainState
-    loss: jax.Array
-    grads: PyTree
-    outputs: list[dict[str, Any]]
-    per_example: bool
 
 
 Parts = tuple[tuple[Batch, jax.Array | None], ...]
@@ -120,11 +87,12 @@ class Steps:
         """Returns the state at step 0 from `rng` and the shapes of `batch`; to be compiled as one program."""
         init_rng, step_rng = jax.random.split(rng)
         init_variables = self._user.init_variables or self.init_variables
+        return self.state_of(init_variables(init_rng, batch), step_rng)
+
+    def state_of(self, variables: Variables, rng: jax.Array) -> TrainState:
+        """Returns the state at step 0 with these variables."""
         state = TrainState.from_variables(
-            apply_fn=self._model.apply_fn,
-            variables=init_variables(init_rng, batch),
-            tx=self._tx,
-            rng=step_rng,
+            apply_fn=self._model.apply_fn, variables=variables, tx=self._tx, rng=rng
         )
         return init_hooks(self._hooks, state)
 
@@ -165,12 +133,22 @@ class Steps:
             The next state and the next `packed`.
         """
         self.traces.record("training", {"state": state, "batch": batch, "mask": mask})
-        parts = ((batch, mask),) if self._accumulate == 1 else tuple(zip(batch, mask or (), strict=True))
-        done = self._step(with_typed_key(state, impl), parts)
-        new_state = update_hooks(self._hooks, StepValues(done.state, done.loss, done.grads))
+        state = with_typed_key(state, impl)
+        done = self.attempt(state, batch, mask)
+        values = done.told(state)
+        new_state, merged = update_hooks(self._hooks, values), packed
         for outputs in done.outputs:
-            packed = self._merge_metrics(accumulator, packed, outputs)
-        return with_raw_key(new_state), packed
+            merged = self._merge_metrics(accumulator, merged, outputs)
+        keep = admitted(self._hooks, new_state.hooks, values)
+        if keep is not None:
+            new_state = settle(self._hooks, keep, values, new_state, done.apply)
+            merged = select(keep, merged, packed)
+        return with_raw_key(new_state), merged
+
+    def attempt(self, state: TrainState, batch: Batch, mask: jax.Array | None) -> Updated:
+        """One optimizer update, of `batch` and `mask` as `train` takes them, before the hooks are told."""
+        parts = ((batch, mask),) if self._accumulate == 1 else tuple(zip(batch, mask or (), strict=True))
+        return self._step(state, parts)
 
     def default_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """What `Trainer.train_step` does unless it is overridden: every row of `batch` is real."""
@@ -182,7 +160,9 @@ class Steps:
             return self._update(state, parts)
         ((batch, _),) = parts
         new_state, outputs = check_step_result(self._user.train_step(state, batch))
-        loss = jnp.mean(jnp.asarray(outputs.get("loss", jnp.nan)))
+        loss = outputs.get("loss")
+        if loss is not None:  # hooks are told the same on every replica
+            loss = self._strategy.sum(jnp.mean(jnp.asarray(loss))) / self._strategy.sum(1)
         # One call is one step of every log and cadence, however many optimizers moved in it.
         new_state = new_state.replace(step=state.step + 1)
         return Updated(new_state, loss, None, [{"mask": _all_real(batch), **outputs}], per_example=False)
@@ -200,18 +180,19 @@ class Steps:
             for one, (batch, mask) in zip(passes, parts, strict=True)
         ]
         done = Updated(state, loss, grads, outputs, passes[0].losses.ndim == 1)
-        return self._apply(state, done, model_state)
-
-    def _apply(self, state: TrainState, done: Updated, model_state: dict[str, Any]) -> Updated:
         merged = self._strategy.merge_collections(model_state)
+        return self._apply(state, done, merged)._replace(
+            apply=lambda old: self._apply(old, done, merged).state
+        )
+
+    def _apply(self, state: TrainState, done: Updated, merged: dict[str, Any]) -> Updated:
         if not self._precision.scaled:
             return done._replace(state=state.apply_gradients(grads=done.grads, model_state=merged))
         memory: LossScale = state.hooks[LOSS_SCALE]
         grads = jax.tree.map(lambda grad: grad / memory.scale.astype(grad.dtype), done.grads)
         finite = all_finite(grads)
         new_state = state.apply_gradients(grads=grads, model_state=merged)
-        kept = state.replace(step=new_state.step)
-        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, kept)
+        new_state = select(finite, new_state, state.replace(step=new_state.step))
         new_state = new_state.replace(hooks={**state.hooks, LOSS_SCALE: adjusted(memory, finite)})
         seen = {"loss_scale": memory.scale, "skipped_updates": (~finite).astype(jnp.float32)}
         return done._replace(state=new_state, grads=grads, outputs=[{**one, **seen} for one in done.outputs])

@@ -24,24 +24,29 @@ from trainkit._engine import Engine
 from trainkit._evaluate import evaluate, predict
 from trainkit._history import History
 from trainkit._interrupts import Interrupts
-from trainkit._loop import Loop, Position, Request
+from trainkit._loop import Loop
 from trainkit._model import LinenModel
 from trainkit._overview import overview
 from trainkit._precision import resolve_precision
 from trainkit._recording import open_writers
+from trainkit._request import Request
+from trainkit._restoring import Restored, restore_state
 from trainkit._result import FitResult
+from trainkit._run import Run, restore
 from trainkit._state import TrainState
 from trainkit._step import Steps, UserFunctions
 from trainkit._tree import copy_arrays
 from trainkit._typing import Batch, Outputs, PyTree
 from trainkit._when import Cadence, as_cadence
 from trainkit.callbacks._callback import Callback
+from trainkit.callbacks._checkpoint import Checkpoint
+from trainkit.checkpoint._store import Store
 from trainkit.data._global_batch import GlobalBatch
 from trainkit.data._source import as_source
 from trainkit.metrics._accumulator import LossMetrics
 from trainkit.parallel._resolve import resolve_strategy
 from trainkit.parallel._strategy import Strategy
-from trainkit.writers._logdir import local_folder
+from trainkit.writers._logdir import local_folder, locked
 from trainkit.writers._writer import MetricWriter
 
 _OVERRIDABLE = ("loss", "metrics", "train_step", "eval_step", "predict_step", "init_variables")
@@ -110,9 +115,7 @@ class Trainer:
         self._accumulate = check_accumulate(accumulate, own_step=self._overridden("train_step") is not None)
         self._logdir = None if logdir is None else local_folder(logdir)
         self._writers = tuple(writers)
-        self._history = History()
-        self._position = Position()
-        self._data: Any = None
+        self._run = Run()
         self._state: TrainState | None = None
         self._shown = False
         check_metrics(self.metrics)
@@ -216,7 +219,7 @@ class Trainer:
     @property
     def history(self) -> History:
         """Every scalar logged so far, over all fits; also after one that raised."""
-        return self._history
+        return self._run.history
 
     @final
     def init(self, batch: Batch) -> TrainState:
@@ -237,6 +240,7 @@ class Trainer:
         steps: int | None = None,
         eval_data: Any = None,
         eval_every: Cadence | None = None,
+        resume: bool = False,
     ) -> FitResult:
         """Trains, and returns what came of it. A second call continues where the first ended.
 
@@ -250,36 +254,70 @@ class Trainer:
             steps: int >= 1, updates.
             eval_data: one source, reported as `eval/...`, or a mapping of names to sources.
             eval_every: a cadence; by default after every epoch and at the end.
+            resume: go on from the newest complete checkpoint of the run, such that the finished run cannot be
+                told from one that was never interrupted; start afresh where there is none. `epochs` and `steps`
+                count from where that fit began, so the same command is simply run again. Needs a `Checkpoint`.
 
         Returns:
             The result, with the state, the history and why the fit ended.
 
         Raises:
-            ValueError: not exactly one of `epochs` and `steps`; bad data; a loss that returns the wrong thing.
-            OSError: `logdir` can't be made or written to.
+            ValueError: not exactly one of `epochs` and `steps`; bad data; a loss that returns the wrong thing; a
+                checkpoint of another model; `resume` without a `Checkpoint`; another run writes to `logdir`.
+            OSError: `logdir` can't be made or written to, or a checkpoint could not be saved.
         """
         check_length(epochs, steps)
         if eval_every is not None:
             as_cadence(eval_every, "eval_every")
         source, evaluations = as_source(data), eval_sources(eval_data)
-        self._aim_at(data)
+        store = self._checkpoints() if resume else None
+        self._run.aim_at(data)
         request = Request(
-            source, epochs, steps, evaluations, eval_every, self._accumulate, self._callbacks, self._logdir
+            fit=self._run.fits + 1,
+            source=source,
+            epochs=epochs,
+            steps=steps,
+            evaluations=evaluations,
+            eval_every=eval_every,
+            accumulate=self._accumulate,
+            callbacks=self._callbacks,
+            logdir=self._logdir,
         )
         interrupts = Interrupts(alone=self._strategy.processes == 1)
         # The logs first: a folder that can't be written to is refused before anything compiles.
-        with interrupts.listening(), open_writers(self._logdir, self._writers, self._history) as writer:
-            first, batches = peek(self._engine, source, self._position)
+        with (
+            interrupts.listening(),
+            locked(None if jax.process_index() else self._logdir),
+            open_writers(self._logdir, self._writers, self._run.history) as writer,
+        ):
+            saved = None if store is None else self._run.find(store, writer, self._steps_done)
+            first, batches = peek(self._engine, source, self._run.position)
+            if store is not None and saved is not None:
+                current = self._state or self._engine.init_spec(first)
+                self._state = restore_state(self._engine, store, saved.step, current)
+                self._shown = False
+            self._run.fits += 1
+            if saved is not None and saved.fit > request.fit:
+                # The run was in a later fit when it ended: this one is done.
+                return FitResult(
+                    state=self.state,
+                    step=saved.step,
+                    epoch=saved.epoch,
+                    seconds=0.0,
+                    stopped_by=None,
+                    history=self._run.history,
+                )
             loop = Loop(
                 self._engine,
                 request,
                 state=self._begin(first),
                 first=first,
                 batches=batches,
-                position=self._position,
+                position=self._run.position,
                 writer=writer,
-                history=self._history,
+                history=self._run.history,
                 interrupts=interrupts,
+                resumed=saved,
             )
             try:
                 return loop.run()
@@ -310,6 +348,38 @@ class Trainer:
             weights: as for `evaluate`.
         """
         return predict(self._engine, self._weights(weights), as_source(data))
+
+    @final
+    def restore(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        step: int | Literal["latest", "best"] = "latest",
+        partial: bool | Sequence[str] = False,
+    ) -> Restored:
+        """Loads the state of a checkpoint into `trainer.state`.
+
+        The whole of it sets this trainer to that step: state, history and place in the data; a fit then goes on
+        from there, with callbacks that begin afresh. (`fit(..., resume=True)` is what goes on exactly.) With
+        `partial`, only parameters and mutable collections of equal path, shape and dtype are taken, as for
+        fine-tuning; step, optimizer and all else stay, and what was left is told.
+
+        Args:
+            path: a `logdir`, its folder of checkpoints, or one checkpoint.
+            step: which one: a step, the newest, or the best by the `best=` it was saved under.
+            partial: True, or prefixes of path names, e.g. `("params/encoder",)`. Needs a state: call `init` first.
+
+        Returns:
+            What was loaded and what was left.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint; the message lists those there are.
+            ValueError: it is damaged, or of another model; the message lists paths, shapes and dtypes.
+            RuntimeError: `partial`, and the trainer has no state.
+        """
+        self._state, restored = restore(self._engine, self._run, self._state, path, step, partial)
+        self._shown = False
+        return restored
 
     @final
     def summary(self) -> str:
@@ -351,11 +421,15 @@ class Trainer:
     def _overridden(self, name: str) -> Any:
         return None if getattr(type(self), name) is getattr(Trainer, name) else getattr(self, name)
 
-    def _aim_at(self, data: Any) -> None:
-        # The same data goes on inside its pass; other data begin a pass of their own.
-        if data is not self._data:
-            self._position.batch = 0
-        self._data = data
+    @property
+    def _steps_done(self) -> int:
+        return 0 if self._state is None else int(self._state.step)
+
+    def _checkpoints(self) -> Store:
+        keeper = next((callback for callback in self._callbacks if isinstance(callback, Checkpoint)), None)
+        if keeper is None:
+            raise ValueError("resume=True needs checkpoints: add tk.callbacks.Checkpoint() to the callbacks.")
+        return Store(keeper.folder(self._logdir))
 
     def _begin(self, first: Batch | GlobalBatch) -> TrainState:
         if self._state is None:

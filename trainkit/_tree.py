@@ -43,6 +43,16 @@ def copy_arrays(tree: PyTree) -> PyTree:
     return jax.device_put(tree, may_alias=False)
 
 
+def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """Returns `new` where the `bool[]` holds, else `old`, of the same structure and dtypes."""
+
+    def pick(one: Any, other: Any) -> Any:
+        # A layer may give a statistic its final shape at the first update, e.g. [n] -> [1, n].
+        return jnp.where(condition, one, jnp.broadcast_to(other, jnp.shape(one)))
+
+    return jax.tree.map(pick, new, old)
+
+
 def is_key(leaf: Any) -> bool:
     """Says whether `leaf` is an array of typed PRNG keys."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

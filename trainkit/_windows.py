@@ -6,14 +6,18 @@ value is read. Owns the segments; not the cadence at which somebody asks.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
+from trainkit._tree import describe
 from trainkit._typing import PyTree
 from trainkit.metrics._accumulator import Accumulator
 
+_LOG = logging.getLogger("trainkit")
 # Below this many segments a reader keeps them as they are; above it, the old ones are merged on the host.
 _MOST_SEGMENTS = 64
 
@@ -62,6 +66,19 @@ class Reader:
             old, self._segments = self._segments[: _MOST_SEGMENTS // 2], self._segments[_MOST_SEGMENTS // 2 :]
             self._merged = self._accumulator.merge(old, self._merged)
 
+    def state_dict(self, index: Callable[[PyTree], int]) -> dict[str, Any]:
+        """Returns what is not yet seen; `index` numbers the segments, which readers share."""
+        merged = (
+            None if self._merged is None else [np.asarray(leaf) for leaf in jax.tree.leaves(self._merged)]
+        )
+        return {"merged": merged, "segments": [index(segment) for segment in self._segments]}
+
+    def load_state_dict(self, state: Mapping[str, Any], segments: Sequence[PyTree]) -> None:
+        """Takes back what `state_dict` returned, given the segments by their numbers."""
+        self._merged, self._segments = None, [segments[number] for number in state["segments"]]
+        if state["merged"] is not None:
+            self._merged = jax.tree.structure(self._accumulator.merge([])).unflatten(state["merged"])
+
     def take(self) -> Window:
         """Returns what came since the last call, and forgets it."""
         accumulator, merged, segments = self._accumulator, self._merged, self._segments
@@ -85,14 +102,19 @@ class TrainMetrics:
 
     def __init__(self, accumulator: Accumulator, empty: PyTree) -> None:
         self._accumulator, self._empty = accumulator, empty
-        self._readers: list[Reader] = []
+        self._readers: dict[str, Reader] = {}
         self.packed = empty
 
-    def reader(self) -> Reader:
-        """Returns a reader of all steps from now on."""
-        reader = Reader(self._accumulator)
-        self._readers.append(reader)
-        return reader
+    def reader(self, name: str) -> Reader:
+        """Returns a reader of all steps from now on; `name` is its own in a checkpoint."""
+        self._readers[name] = Reader(self._accumulator)
+        return self._readers[name]
+
+    def clear(self) -> None:
+        """Forgets all that was accumulated."""
+        self.packed = self._empty
+        for reader in self._readers.values():
+            reader.take()
 
     def cut(self) -> None:
         """Ends the running segment, hands it to the readers and starts its copy to the host."""
@@ -100,6 +122,43 @@ class TrainMetrics:
             return
         for leaf in jax.tree.leaves(self.packed):
             leaf.copy_to_host_async()
-        for reader in self._readers:
+        for reader in self._readers.values():
             reader.add(self.packed)
         self.packed = self._empty
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that was accumulated and not yet seen by every reader, as NumPy arrays; waits for devices.
+
+        Nothing is cut: a run that looks here goes on as one that does not.
+        """
+        segments: dict[int, PyTree] = {}
+        numbers: dict[int, int] = {}
+
+        def index(segment: PyTree) -> int:
+            segments[id(segment)] = segment
+            return numbers.setdefault(id(segment), len(numbers))
+
+        readers = {name: reader.state_dict(index) for name, reader in self._readers.items()}
+        return {
+            "spec": [describe(part) for part in self._empty],
+            "packed": None if self.packed is self._empty else [np.asarray(part) for part in self.packed],
+            # One array for each part of a segment: there may be many segments.
+            "segments": [np.stack(parts) for parts in zip(*segments.values(), strict=True)],
+            "readers": readers,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], place: Callable[[PyTree], PyTree]) -> None:
+        """Takes back what `state_dict` returned; `place` puts the packed value on the devices.
+
+        Where the metrics are others than then, what they had accumulated is lost, and said so.
+        """
+        if state["spec"] != [describe(part) for part in self._empty]:
+            _LOG.warning(
+                "the metrics are others than those of the checkpoint: the values logged next leave out the "
+                "steps before it."
+            )
+            return
+        self.packed = self._empty if state["packed"] is None else place(tuple(state["packed"]))
+        segments = list(zip(*state["segments"], strict=True))
+        for name in self._readers.keys() & state["readers"].keys():
+            self._readers[name].load_state_dict(state["readers"][name], segments)

@@ -254,12 +254,21 @@ def test_nothing_to_restore_where_no_evaluation_came():
     assert stopping.on_fit_end(make_info(5)) is None
 
 
-def test_a_best_state_from_before_a_resume_is_missed_aloud():
-    stopping = EarlyStopping("eval/loss", mode="min", restore_best=True)
-    stopping.load_state_dict({"best": 1.0, "best_step": 10, "count": 1})
-    begin(stopping, step=20)
-    with pytest.warns(UserWarning, match="best state, of step 10, was reached before this run was resumed"):
-        assert stopping.on_fit_end(make_info(50)) is None
+def test_the_best_state_from_before_a_resume_is_restored():
+    first = begin(EarlyStopping("eval/loss", mode="min", restore_best=True))
+    first.on_eval_end(make_info(10, {"eval/loss": 1.0}, state=make_state(2.0, step=10)))
+    second = EarlyStopping("eval/loss", mode="min", restore_best=True)
+    second.load_state_dict(first.state_dict())
+    begin(second, step=20)
+    second.on_eval_end(make_info(30, {"eval/loss": 3.0}, state=make_state(5.0, step=30)))
+    action = second.on_fit_end(make_info(50))
+    assert isinstance(action, Update)
+    best = action.fn(make_state(4.0, step=50))
+    assert int(best.step) == 10
+    for got, wanted in zip(
+        jax.tree.leaves(best.params), jax.tree.leaves(make_state(2.0, step=10).params), strict=True
+    ):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_runs_among_the_monitors():

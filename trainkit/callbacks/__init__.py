@@ -1,27 +1,33 @@
 """Callbacks: host code that runs at fixed moments of a fit, and what it is told."""
 
-from trainkit.callbacks._callback import Callback, Phase, Stop, Update
+from trainkit.callbacks._callback import Callback, Phase, Rollback, Save, Stop, Update
+from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.callbacks._early_stopping import EarlyStopping
 from trainkit.callbacks._ema import EMA
 from trainkit.callbacks._info import Info, Plan
 from trainkit.callbacks._lambda import Lambda
 from trainkit.callbacks._learning_rate import LearningRate
 from trainkit.callbacks._log_metrics import LogMetrics
+from trainkit.callbacks._nan_guard import NanGuard
 from trainkit.callbacks._progress import Progress
 from trainkit.callbacks._reduce_on_plateau import ReduceOnPlateau
 
 __all__ = [
     "Callback",
+    "Checkpoint",
     "EMA",
     "EarlyStopping",
     "Info",
     "Lambda",
     "LearningRate",
     "LogMetrics",
+    "NanGuard",
     "Phase",
     "Plan",
     "Progress",
     "ReduceOnPlateau",
+    "Rollback",
+    "Save",
     "Stop",
     "Update",
 ]

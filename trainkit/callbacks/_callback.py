@@ -33,13 +33,30 @@ class Update:
     fn: Callable[[TrainState], TrainState]
 
 
-Action = Stop | Update | None
+@dataclasses.dataclass(frozen=True)
+class Save:
+    """Returned by a hook to have every `Checkpoint` of the fit save after this step, whatever its cadence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollback:
+    """Returned by a hook to go back to the newest checkpoint and pass over the batches since.
+
+    Attributes:
+        reason: why, for the log.
+    """
+
+    reason: str
+
+
+Action = Stop | Update | Save | Rollback | None
 """What a hook may return."""
 
 
 class Phase(enum.IntEnum):
     """Order of the callbacks at one step; within a phase they run in the order given."""
 
+    GUARD = 0
     WRITE = 1
     MONITOR = 2
     CHECKPOINT = 3

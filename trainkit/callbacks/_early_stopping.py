@@ -1,11 +1,11 @@
 """`EarlyStopping`: ends a fit when a metric no longer improves. The rule of improvement is `Monitor`'s."""
 
 import math
-import warnings
 from typing import Any, ClassVar, Literal
 
-from trainkit._state import TrainState
-from trainkit._tree import copy_arrays
+import jax
+
+from trainkit._tree import copy_arrays, named_leaves, path_name
 from trainkit.callbacks._callback import Action, Callback, Phase, Stop, Update
 from trainkit.callbacks._info import Info
 from trainkit.callbacks._monitor import EPOCH, EVALUATION, Monitor, check_count
@@ -27,8 +27,7 @@ class EarlyStopping(Callback):
         min_delta: float >= 0, by how much a value must be better than the best.
         check_finite: stop at once when the value is not finite. A value that is not never becomes the best.
         restore_best: end the fit, stopped early or not, with the whole state of the best step. Keeps a
-            second copy of the state on the devices. The copy is not in the checkpoints: a resumed fit that
-            finds nothing better keeps its last state, and warns.
+            second copy of the state on the devices, and in each checkpoint.
 
     Raises:
         ValueError: an argument is out of range; at the start of a fit, when the name can't appear in it or
@@ -56,7 +55,7 @@ class EarlyStopping(Callback):
         self._patience, self._check_finite, self._restore_best = patience, check_finite, restore_best
         self._count = 0
         self._stopped = False
-        self._best_state: TrainState | None = None
+        self._best_state: dict[str, Any] | None = None  # arrays by path name
 
     def on_fit_start(self, info: Info) -> Action:
         self._monitor.start(info)
@@ -75,23 +74,19 @@ class EarlyStopping(Callback):
 
     def on_fit_end(self, info: Info) -> Action:
         best = self._best_state
-        if best is not None:
-            return Update(lambda state: best)
-        if self._restore_best and self._monitor.best is not None and info.step > self._monitor.best_step:
-            warnings.warn(
-                f"EarlyStopping(restore_best=True): the best state, of step {self._monitor.best_step}, was "
-                "reached before this run was resumed and is not kept in checkpoints; the last state stays. "
-                f"Restore the checkpoint of step {self._monitor.best_step} if there is one.",
-                stacklevel=2,
-            )
-        return None
+        if best is None:
+            return None
+        return Update(
+            lambda state: jax.tree_util.tree_map_with_path(lambda path, leaf: best[path_name(path)], state)
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._monitor.state_dict(), "count": self._count}
+        best = {} if self._best_state is None else {"best_state": self._best_state}
+        return {**self._monitor.state_dict(), "count": self._count, **best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._monitor.load_state_dict(state)
-        self._count, self._stopped, self._best_state = state["count"], False, None
+        self._count, self._stopped, self._best_state = state["count"], False, state.get("best_state")
 
     def _look(self, info: Info, hook: str) -> Action:
         value = self._monitor.value(info, hook)
@@ -106,7 +101,7 @@ class EarlyStopping(Callback):
         self._count = 0
         if self._restore_best:
             self._best_state = None  # freed before the new copy is made
-            self._best_state = copy_arrays(info.state)
+            self._best_state = dict(named_leaves(copy_arrays(info.state)))
         return None
 
     def _stop(self) -> Stop:

@@ -1,9 +1,11 @@
 """The step hook: a pure pair of functions that a callback has traced into the compiled training step."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from trainkit._state import TrainState
 from trainkit._typing import PyTree
@@ -16,20 +18,28 @@ class StepValues(NamedTuple):
         state: the `TrainState` after the optimizer update; its `hooks` are those from before.
         loss: `float32[]`, the mean loss over the real examples.
         grads: gradients of the structure of `params`; None where `train_step` is overridden.
+        before: the `TrainState` before the update; None only where a hook is called outside of a step.
+        has_loss: static; False where an overridden `train_step` returned no `loss`, which is NaN then.
     """
 
     state: TrainState
     loss: jax.Array
     grads: PyTree
+    before: TrainState | None = None
+    has_loss: bool = True
 
 
 class StepHook(NamedTuple):
-    """A pure pair with memory in `state.hooks[name]`.
+    """A pure pair with memory in `state.hooks[name]`, and perhaps a say in whether an update is kept.
 
     Attributes:
         name: key of its memory in `state.hooks`, unique among the callbacks of a trainer.
         init: `init(state) -> memory`, a pytree of arrays.
         update: `update(memory, values) -> memory`, once per optimizer update, of the same structure.
+        admit: `admit(memory, values) -> bool[]`, whether the update is kept, asked with the memory that `update`
+            returned. Where any hook says False, the state and the metrics stay as they were before the step, but
+            for `step`, which counts on, and the memory of the hooks with an `admit`. None to have no say, which
+            costs nothing.
 
     Example:
         >>> import jax.numpy as jnp
@@ -43,6 +53,7 @@ class StepHook(NamedTuple):
     name: str
     init: Callable[[TrainState], Any]
     update: Callable[[Any, StepValues], Any]
+    admit: Callable[[Any, StepValues], jax.Array] | None = None
 
 
 def init_hooks(hooks: tuple[StepHook, ...], state: TrainState) -> TrainState:
@@ -55,3 +66,15 @@ def update_hooks(hooks: tuple[StepHook, ...], values: StepValues) -> TrainState:
     memory = values.state.hooks
     updated = {hook.name: hook.update(memory[hook.name], values) for hook in hooks}
     return values.state.replace(hooks={**memory, **updated})
+
+
+def admitted(hooks: tuple[StepHook, ...], memory: Mapping[str, Any], values: StepValues) -> jax.Array | None:
+    """Returns `bool[]`, whether every hook that has a say keeps the update; None where none has.
+
+    Args:
+        hooks: of the step.
+        memory: of all hooks by name, after their `update`.
+        values: as `update` got them.
+    """
+    verdicts = [hook.admit(memory[hook.name], values) for hook in hooks if hook.admit is not None]
+    return functools.reduce(jnp.logical_and, verdicts) if verdicts else None

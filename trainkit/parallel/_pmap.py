@@ -129,6 +129,9 @@ class Pmap(Strategy):
     def lay_out(self, state: PyTree) -> PyTree:
         return self.replicate(state)
 
+    def shardings(self, state: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: self._whole, state)
+
     def describe(self) -> str:
         return f"{self.shards} replicas on {self.devices[0].platform}"
 

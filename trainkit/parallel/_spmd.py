@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from trainkit._state import TrainState
 from trainkit._typing import Batch, Device, PyTree
@@ -108,6 +108,11 @@ class Spmd(Strategy, abc.ABC):
             return jax.device_put(state)
         self._layout.check(state.params)
         return self._put(state, self._layout.shardings(state))
+
+    def shardings(self, state: PyTree) -> PyTree:
+        if self._is_default_device:
+            return jax.tree.map(lambda leaf: SingleDeviceSharding(self.devices[0]), state)
+        return self._layout.shardings(state)
 
     def describe(self) -> str:
         axes = ", ".join(

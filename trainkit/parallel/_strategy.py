@@ -103,6 +103,13 @@ class Strategy(abc.ABC):
     def lay_out(self, state: PyTree) -> PyTree:
         """Returns a train state as the compiled step takes it."""
 
+    def shardings(self, state: PyTree) -> PyTree | None:
+        """Returns where `lay_out` puts each leaf of a train state, whose leaves may be `jax.ShapeDtypeStruct`.
+
+        A checkpoint is then read straight to the devices; None, the default, has it read to the host first.
+        """
+        return None
+
     @abc.abstractmethod
     def describe(self) -> str:
         """Returns the layout in a few words for people, e.g. `data=8 on cpu`."""

@@ -66,6 +66,10 @@ class Ledger:
             )
         self._hparams_owner = owner
 
+    def names(self, step: int) -> list[str]:
+        """Returns the names written at `step`."""
+        return sorted(self._owners.get(step, ()))
+
     def rewind(self, step: int) -> None:
         """Forgets the steps after `step`, which a run that was set back to it will write again.
 

@@ -10,7 +10,7 @@ import os
 import pathlib
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -73,11 +73,7 @@ class EventFile:
         self._file.close()
 
     def _write(self, event: Event) -> None:
-        # TFRecord: length, its checksum, the data, its checksum, all little-endian.
-        data = event.SerializeToString()
-        length = struct.pack("<Q", len(data))
-        checksums = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
-        self._file.append(length + next(checksums) + data + next(checksums))
+        self._file.append(_framed(event))
 
 
 def _new_file(logdir: pathlib.Path, now: float) -> RecordFile:
@@ -92,16 +88,69 @@ def _new_file(logdir: pathlib.Path, now: float) -> RecordFile:
             microseconds += 1
 
 
+def rewind(logdir: pathlib.Path, step: int, names: Collection[str]) -> bool:
+    """Takes values after `step` out of the files in a folder, and at `step` those of other names.
+
+    Args:
+        logdir: the folder.
+        step: updates completed.
+        names: as given to the writer; it may have made several tags of one, `name/0`, `name/1`, ...
+
+    Returns:
+        Whether anything was taken out.
+    """
+
+    def kept(value: Summary.Value) -> bool:
+        parts = value.tag.split("/")
+        return any("/".join(parts[:length]) in names for length in range(1, len(parts) + 1))
+
+    def change(event: Event) -> Event | None:
+        if not event.HasField("summary") or event.step < step:
+            return event
+        values = [value for value in event.summary.value if event.step == step and kept(value)]
+        if len(values) == len(event.summary.value):
+            return event
+        return Event(wall_time=event.wall_time, step=step, summary=Summary(value=values)) if values else None
+
+    changed = [_rewrite(path, change) for path in _files(logdir)]
+    return any(changed)
+
+
 def _take_out(logdir: pathlib.Path, purge_step: int) -> None:
     """Takes the values from a step on out of the files of earlier writers."""
-    for path in sorted(logdir.glob(f"*tfevents*{_SUFFIX}")):
-        if any(not _is_before(record, purge_step) for record in _records(path)):
-            rewrite(path, (record for record in _records(path) if _is_before(record, purge_step)))
+
+    def change(event: Event) -> Event | None:
+        return event if event.step < purge_step or not event.HasField("summary") else None
+
+    for path in _files(logdir):
+        _rewrite(path, change)
 
 
-def _is_before(record: bytes, step: int) -> bool:
-    event = Event.FromString(record[12:-4])
-    return event.step < step or not event.HasField("summary")
+def _files(logdir: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(logdir.glob(f"*tfevents*{_SUFFIX}"))
+
+
+def _rewrite(path: pathlib.Path, change: Callable[[Event], Event | None]) -> bool:
+    """Puts what `change` makes of each event into a file, and says whether that is anything else."""
+    records, changed = [], False
+    for record in _records(path):
+        event = Event.FromString(record[12:-4])
+        new = change(event)
+        if new is not event:
+            changed = True
+            record = b"" if new is None else _framed(new)
+        records.append(record)
+    if changed:
+        rewrite(path, records)
+    return changed
+
+
+def _framed(event: Event) -> bytes:
+    # TFRecord: length, its checksum, the data, its checksum, all little-endian.
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    checksums = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+    return length + next(checksums) + data + next(checksums)
 
 
 def _records(path: pathlib.Path) -> Iterator[bytes]:

@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from trainkit._typing import Array, Clock
@@ -116,6 +116,13 @@ class JsonlWriter(MetricWriter):
         values = {name: _encoded(value) for name, value in flat_hparams(hparams).items()}
         self._append({"time": self._clock(), "hparams": values})
 
+    def rewind(self, step: int, names: Collection[str]) -> None:
+        """Takes the lines after `step` out of the file, and at `step` all names but `names`."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        _rewind(self._logdir / _NAME, step, names)
+
     def flush(self) -> None:
         """Does nothing: every line has reached the operating system already."""
 
@@ -211,6 +218,18 @@ def _repair(path: pathlib.Path, purge_step: int | None) -> None:
     kept = _entries(path)
     if purge_step is not None:
         kept = [entry for entry in kept if entry.get("step", -1) < purge_step]
+    rewrite(path, map(_line, kept))
+
+
+def _rewind(path: pathlib.Path, step: int, names: Collection[str]) -> None:
+    if not path.exists():
+        return
+    entries = [entry for entry in _entries(path) if entry.get("step", -1) <= step]
+    for entry in entries:
+        if entry.get("step") == step:
+            for kind in entry.keys() - {"step", "time"}:
+                entry[kind] = {name: value for name, value in entry[kind].items() if name in names}
+    kept = [entry for entry in entries if any(entry[kind] for kind in entry.keys() - {"step", "time"})]
     rewrite(path, map(_line, kept))
 
 

@@ -1,10 +1,18 @@
 """Which folders this process logs to. Owns the check that a folder can be written to, not what is written."""
 
+import contextlib
+import fcntl
+import logging
 import os
 import pathlib
+import socket
 import tempfile
 import threading
 import weakref
+from collections.abc import Iterator
+
+_LOG = logging.getLogger("trainkit")
+_LOCK = ".trainkit.lock"
 
 _owners: weakref.WeakValueDictionary[tuple[str, str], object] = weakref.WeakValueDictionary()
 """The live writer of each folder and kind; one that is collected without `close` frees its folder."""
@@ -54,6 +62,40 @@ def local_folder(logdir: str | os.PathLike[str]) -> pathlib.Path:
             "Log to one and copy it, or mount the bucket."
         )
     return pathlib.Path(name)
+
+
+@contextlib.contextmanager
+def locked(logdir: pathlib.Path | None) -> Iterator[None]:
+    """Keeps other processes from training into a folder; the lock ends with the process, however that ends.
+
+    Args:
+        logdir: the run's folder, made where it is missing; None locks nothing.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+        ValueError: another process has it.
+    """
+    if logdir is None:
+        yield
+        return
+    _check_writable(logdir)
+    with open(logdir / _LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"logdir={os.fspath(logdir)!r} is being written to by another run ({file.read().strip()}). Give "
+                "this one another folder, or wait for that to end."
+            ) from None
+        except OSError as error:  # some network file systems know no locks
+            _LOG.warning(
+                "logdir %s cannot be locked (%s): see to it that one run writes there.", logdir, error
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def release(logdir: str | os.PathLike[str], kind: str, owner: object) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from trainkit._typing import Array
@@ -89,6 +89,10 @@ class MultiWriter(MetricWriter):
         """Hands on the hyperparameters."""
         self._each("write_hparams", hparams)
 
+    def rewind(self, step: int, names: Collection[str]) -> None:
+        """Takes back from every writer that can."""
+        self._each("rewind", step, names)
+
     def flush(self) -> None:
         """Flushes every writer."""
         self._each("flush")
@@ -114,6 +118,8 @@ class MultiWriter(MetricWriter):
         writer = self._writers[index]
         name = type(writer).__name__
         try:
+            if method == "rewind" and not hasattr(writer, method):
+                return  # CLU's writers know no way back
             if method in _OPTIONAL and not hasattr(writer, method):
                 raise NotImplementedError(f"it has no {method}")
             getattr(writer, method)(*args, **kwargs)

@@ -3,7 +3,7 @@
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainkit._typing import Array, Clock
@@ -118,6 +118,16 @@ class TensorBoardWriter(MetricWriter):
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Writes the hyperparameters into this run, beside whose metrics TensorBoard's page shows them."""
         self._append(0, [self._summaries.hparams(hparams)])
+
+    def rewind(self, step: int, names: Collection[str]) -> None:
+        """Takes what the folder's files hold after `step` out of them, and at `step` all names but `names`."""
+        from trainkit.writers._events import rewind
+
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if rewind(self._logdir, step, names):
+            self._file = self._open(step + 1)
 
     def flush(self) -> None:
         """Does nothing: every write has reached the operating system already."""

@@ -4,7 +4,7 @@ Declared here because importing CLU's own needs TensorFlow. Owns shapes, keyword
 """
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,16 @@ class MetricWriter(abc.ABC):
 
         Args:
             hparams: values by name; mappings and sequences within are flattened, with dots in the names.
+        """
+
+    def rewind(self, step: int, names: Collection[str]) -> None:  # noqa: B027 (a sink may be unable to)
+        """Takes back what was written after `step`, for a run that goes on from there.
+
+        By default does nothing: not every sink can take back.
+
+        Args:
+            step: updates completed.
+            names: what was written at `step` itself and stays; other names at it are taken back too.
         """
 
     @abc.abstractmethod

@@ -1,0 +1,87 @@
+"""Where a trainer stands in its run, over all of its fits. Owns what a checkpoint sets back; trains nothing."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from trainkit._engine import Engine
+from trainkit._history import History
+from trainkit._request import Position
+from trainkit._restoring import Restored, restore_built, restore_partly, restore_state
+from trainkit._resuming import choose, newest_whole
+from trainkit._saved import Saved, load_saved
+from trainkit._state import TrainState
+from trainkit._tree import named_leaves
+from trainkit.checkpoint._store import Store
+from trainkit.writers._writer import MetricWriter
+
+
+class Run:
+    """The run of one trainer.
+
+    Attributes:
+        history: every scalar logged.
+        position: where it stands in its data.
+        fits: how many were begun.
+    """
+
+    def __init__(self) -> None:
+        self.history, self.position, self.fits = History(), Position(), 0
+        self._data: Any = None
+        self._catching_up = True
+
+    def aim_at(self, data: Any) -> None:
+        """Notes what the next fit trains on: the same goes on inside its pass, other data begin one of their own."""
+        if data is not self._data:
+            self.position.batch = 0
+        self._data = data
+
+    def find(self, store: Store, writer: MetricWriter, step: int) -> Saved | None:
+        """Returns where an earlier process left the run, None where there is nothing of it left to catch up with.
+
+        Args:
+            store: its checkpoints.
+            writer: of the logs.
+            step: updates completed here.
+        """
+        if not self._catching_up:
+            return None
+        newest = newest_whole(store)
+        if newest is None:
+            # Killed before its first checkpoint, a run leaves logs all the same.
+            writer.rewind(step, ())
+            self._catching_up = False
+            return None
+        saved = load_saved(store, newest)
+        self._catching_up = saved.fit > self.fits + 1
+        self.set_to(saved)
+        return saved
+
+    def set_to(self, saved: Saved) -> None:
+        """Stands where `saved` was."""
+        self.position.epoch, self.position.batch = saved.epoch, saved.batch
+        self.history.load_state_dict(saved.history)
+
+
+def restore(
+    engine: Engine,
+    run: Run,
+    current: TrainState | None,
+    path: str | os.PathLike[str],
+    step: int | str,
+    partial: bool | Sequence[str],
+) -> tuple[TrainState, Restored]:
+    """Returns the train state of a checkpoint and sets `run` to where it was; see `Trainer.restore`."""
+    store, number = choose(path, step)
+    if partial is not False:
+        if current is None:
+            raise RuntimeError("partial= fills in a state there is: call trainer.init(batch) first.")
+        only = None if partial is True else (partial,) if isinstance(partial, str) else tuple(partial)
+        return restore_partly(store, number, current, only)
+    if current is None:
+        state = restore_built(engine, store, number)
+    else:
+        state = restore_state(engine, store, number, current)
+    run.set_to(load_saved(store, number))
+    names = tuple(name for name, _ in named_leaves(state))
+    return state, Restored(str(store.folder / str(number)), number, names)

@@ -1,0 +1,46 @@
+"""What a step does with an update that a hook may refuse. Owns no update and no reason to refuse one."""
+
+import jax
+import jax.numpy as jnp
+
+from trainkit._state import TrainState
+from trainkit._step_parts import Apply
+from trainkit._tree import select
+from trainkit.hooks._hook import StepHook, StepValues, update_hooks
+
+
+def settle(
+    hooks: tuple[StepHook, ...], keep: jax.Array, values: StepValues, new: TrainState, apply: Apply | None
+) -> TrainState:
+    """Returns `new` where the update is kept, else the state before it as a refused step leaves it.
+
+    Args:
+        hooks: of the step.
+        keep: `bool[]`, what they decided.
+        values: what they were told.
+        new: the state after the update and the hooks.
+        apply: the update again, None where it can't be told apart from the gradients.
+    """
+    before = values.before
+    assert before is not None  # the step always tells
+    others = tuple(hook for hook in hooks if hook.admit is None)
+    memory = {hook.name: new.hooks[hook.name] for hook in hooks if hook.admit is not None}
+    refused = before.replace(step=new.step, hooks={**before.hooks, **memory})
+    if apply is None:
+        return select(keep, new, refused)
+
+    def move(start: TrainState) -> TrainState:
+        unasked = {name: before.hooks[name] for name in memory}
+        start = start.replace(step=before.step, hooks={**start.hooks, **unasked})
+        moved = update_hooks(others, values._replace(state=apply(start), before=start))
+        return moved.replace(hooks={**moved.hooks, **memory})
+
+    def in_place(keep: jax.Array, new: TrainState, refused: TrainState) -> TrainState:
+        # The carry of a loop is updated in its own buffers, where XLA for CPUs copies both sides of a choice:
+        # with 17 M parameters and Adam a step takes 1.3 times as long as without a guard, else 2.0 times.
+        start = jax.tree.map(lambda old, like: jnp.broadcast_to(old, like.shape), refused, new)
+        again = (keep, start)
+        return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), move(c[1])), again)[1]
+
+    # Elsewhere a loop would make the host wait for its condition at every step.
+    return jax.lax.platform_dependent(keep, new, refused, cpu=in_place, default=select)

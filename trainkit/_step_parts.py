@@ -1,0 +1,57 @@
+"""What the pieces of a training step hand to one another. Owns no computation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from trainkit._state import TrainState
+from trainkit._typing import PyTree
+from trainkit.hooks._hook import StepValues
+
+Apply = Callable[[TrainState], TrainState]
+"""An optimizer update with gradients already known, of the state it is given."""
+
+
+class Pass(NamedTuple):
+    """One pass forward and back over one batch of a step.
+
+    Attributes:
+        loss: `float32[]`, its share of the mean loss over the real examples of the step.
+        losses: `[batch]` or a scalar.
+        outputs: of the loss.
+        updated: the collections it changed.
+        grads: of `loss`.
+    """
+
+    loss: jax.Array
+    losses: jax.Array
+    outputs: dict[str, Any]
+    updated: dict[str, Any]
+    grads: PyTree
+
+
+class Updated(NamedTuple):
+    """One optimizer update.
+
+    Attributes:
+        state: after it.
+        loss: `float32[]`, mean over the real examples; None where an overridden `train_step` gave none.
+        grads: of `loss`; None where `train_step` is overridden.
+        outputs: for the metrics, one mapping per batch of the step.
+        per_example: whether the losses come one per example.
+        apply: the update of a given state with these gradients; None where `train_step` is overridden.
+    """
+
+    state: TrainState
+    loss: jax.Array | None
+    grads: PyTree
+    outputs: list[dict[str, Any]]
+    per_example: bool
+    apply: Apply | None = None
+
+    def told(self, before: TrainState) -> StepValues:
+        """Returns what hooks are told of this update of `before`."""
+        loss = jnp.asarray(jnp.nan) if self.loss is None else self.loss
+        return StepValues(self.state, loss, self.grads, before, self.loss is not None)

@@ -1,0 +1,169 @@
+"""`Checkpoint`: says when a run is saved and what is kept. Writes no file; the store does."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+from trainkit._when import Cadence, Every, as_cadence
+from trainkit.callbacks._callback import Action, Callback, Phase, Save
+from trainkit.callbacks._info import Info
+from trainkit.callbacks._monitor import check_count
+from trainkit.checkpoint._retention import Best
+from trainkit.checkpoint._store import FOLDER, Contents, Store
+
+MakeContents = Callable[[Mapping[str, Any]], Contents]
+"""`make(labels)` returns what is to be saved, with labels for lists; called only where something is."""
+
+_EVERY = Every(epochs=1)
+
+
+class Checkpoint(Callback):
+    """Saves the whole run, so that `fit(..., resume=True)` goes on as if it had never ended.
+
+    A checkpoint is saved at the cadence, after an evaluation that is the best so far, and when the fit ends,
+    stopped or interrupted; once at most for a step. It is complete or absent: files are written in the background
+    while training goes on, and the folder gets its name when all are there. Nothing outside the folder is removed.
+
+    Args:
+        every: cadence.
+        keep: int >= 1, how many of the newest are kept; None keeps all.
+        best: `(name, mode)`, e.g. `("eval/loss", "min")`: the checkpoint with the best value of this metric is kept
+            as well. Of equal values the older is; NaN is never the best.
+        folder: where to; None for `checkpoints` in the `logdir` of the trainer.
+        metadata: JSON values to keep with each, e.g. the configuration of the run.
+
+    Raises:
+        TypeError: `every` is not a cadence, or `metadata` is not JSON.
+        ValueError: `keep` or `best` can't be; at the start of a fit, when there is no folder, or when it has
+            checkpoints of later steps than the fit begins from, which saving would mix with those of another run;
+            at the first evaluation, when the metric of `best` is not in it.
+        OSError: a checkpoint could not be written. Those before it are whole.
+
+    Example:
+        >>> checkpoint = Checkpoint(Every(steps=1000), keep=3, best=("eval/loss", "min"))
+    """
+
+    phase: ClassVar[Phase] = Phase.CHECKPOINT
+
+    def __init__(
+        self,
+        every: Cadence = _EVERY,
+        *,
+        keep: int | None = 3,
+        best: tuple[str, Literal["min", "max"]] | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.every = as_cadence(every, "every")
+        if keep is not None:
+            check_count("Checkpoint", "keep", keep, least=1, why="the newest one is what a resumed run needs")
+        self._keep, self._best = keep, None if best is None else _as_best(best)
+        self._folder = None if folder is None else pathlib.Path(folder)
+        self._metadata = dict(metadata or {})
+        _check_json(self._metadata)
+        self._store: Store | None = None
+        self._scores: tuple[int, dict[str, float]] = (-1, {})
+        self._best_value: float | None = None
+
+    def folder(self, logdir: pathlib.Path | None) -> pathlib.Path:
+        """Returns where the checkpoints of a trainer with this `logdir` are.
+
+        Raises:
+            ValueError: neither has a folder.
+        """
+        if self._folder is not None:
+            return self._folder
+        if logdir is None:
+            raise ValueError(
+                "Checkpoint has no folder: give the trainer a logdir, or write Checkpoint(folder=...)."
+            )
+        return logdir / FOLDER
+
+    def on_fit_start(self, info: Info) -> None:
+        self._store = Store(self.folder(info.logdir))
+        self._store.clean()
+        later = [step for step in self._store.steps() if step > info.step]
+        if later:
+            raise ValueError(
+                f"{self._store.folder} has checkpoints of the steps {', '.join(map(str, later))}, and this fit begins "
+                f"at step {info.step}. To go on with that run write fit(..., resume=True); for a new one give "
+                "another logdir, or move the old checkpoints away."
+            )
+
+    def on_eval_end(self, info: Info) -> Action:
+        if self._best is None:
+            return None
+        if self._best.name not in info.metrics:
+            raise ValueError(
+                f"Checkpoint(best=({self._best.name!r}, ...)): there is no such metric; this evaluation has "
+                f"{', '.join(sorted(info.metrics))}."
+            )
+        value = float(info.metrics[self._best.name])
+        self._scores = info.step, {self._best.name: value}
+        sign = 1 if self._best.mode == "min" else -1
+        if math.isnan(value) or (self._best_value is not None and sign * value >= sign * self._best_value):
+            return None
+        self._best_value = value
+        return Save()
+
+    def on_step(self, info: Info) -> Action:
+        return Save()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_value": self._best_value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._best_value = state["best_value"]
+
+    def close(self) -> None:
+        store, self._store = self._store, None
+        if store is not None:
+            try:
+                store.wait()
+                store.retain(self._keep, self._best)
+            finally:
+                store.close()
+
+    def save(self, step: int, make: MakeContents) -> None:
+        """Begins to save `step` unless it is saved; called by the loop, after all else at the step.
+
+        Args:
+            step: updates completed.
+            make: returns what to save.
+        """
+        store = self.store
+        scores = self._scores[1] if self._scores[0] == step else {}
+        # The save before this one is complete now, so that older ones may go.
+        store.wait()
+        store.retain(self._keep, self._best)
+        if step not in store.steps():
+            best = None if self._best is None else (self._best.name, self._best.mode)
+            store.save(step, make({"scores": scores, "best": best, "metadata": self._metadata}))
+        elif scores:
+            store.add_scores(step, scores)
+
+    @property
+    def store(self) -> Store:
+        """The checkpoints, during a fit."""
+        if self._store is None:
+            raise RuntimeError("Checkpoint saves during a fit only.")
+        return self._store
+
+
+def _as_best(best: Any) -> Best:
+    if not (isinstance(best, tuple | list) and len(best) == 2 and isinstance(best[0], str)):
+        raise ValueError(f"Checkpoint(best={best!r}): expected a name and a mode, e.g. ('eval/loss', 'min').")
+    name, mode = best
+    if mode not in ("min", "max"):
+        raise ValueError(f"Checkpoint(best={best!r}): the mode is 'min' or 'max'.")
+    return Best(name, mode)
+
+
+def _check_json(metadata: dict[str, Any]) -> None:
+    try:
+        json.dumps(metadata)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"Checkpoint(metadata=...) must be JSON: {error}.") from error

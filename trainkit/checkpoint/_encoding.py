@@ -1,0 +1,83 @@
+"""What a checkpoint holds apart from the train state, as JSON and device arrays. Owns the encoding of values.
+
+NumPy arrays are small here and stand in the JSON, bit for bit; JAX arrays may be large or divided over
+devices, and go where the train state goes.
+"""
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainkit._tree import is_key
+
+_TAG = "__trainkit__"
+
+
+def encode(value: Any, arrays: dict[str, jax.Array], where: str) -> Any:
+    """Returns `value` as JSON; the JAX arrays in it are put into `arrays` and stand as references.
+
+    Args:
+        value: dicts, lists and tuples of numbers, strings, None, NumPy and JAX arrays.
+        arrays: filled under numbers as strings.
+        where: names the value in errors.
+
+    Raises:
+        TypeError: there is something else in it.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, jax.Array):
+        return _reference(value, arrays)
+    if isinstance(value, np.ndarray | np.generic):
+        return _array(np.asarray(value), where)
+    if isinstance(value, tuple | list):
+        items = [encode(item, arrays, f"{where}[{index}]") for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {_TAG: "tuple", "items": items}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: encode(item, arrays, f"{where}/{key}") for key, item in value.items()}
+    raise TypeError(
+        f"{where} is of type {type(value).__name__}; a checkpoint holds numbers, strings, None, NumPy and JAX "
+        "arrays, and lists, tuples and dicts (with str keys) of them. Convert it in state_dict()."
+    )
+
+
+def decode(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    """Returns what `encode` was given; JAX arrays come back as NumPy arrays, typed keys as keys."""
+    if isinstance(value, list):
+        return [decode(item, arrays) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get(_TAG)
+    if kind is None:
+        return {key: decode(item, arrays) for key, item in value.items()}
+    if kind == "tuple":
+        return tuple(decode(item, arrays) for item in value["items"])
+    if kind == "array":
+        data = base64.b64decode(value["data"])
+        return np.frombuffer(data, jnp.dtype(value["dtype"])).reshape(value["shape"]).copy()
+    if kind == "empty":
+        return np.zeros(value["shape"], jnp.dtype(value["dtype"]))
+    array: Any = arrays[value["name"]]
+    return jax.random.wrap_key_data(array, impl=value["impl"]) if kind == "key" else array
+
+
+def _array(array: np.ndarray, where: str) -> dict[str, Any]:
+    if array.dtype.kind in "OUSMm" or array.dtype.fields:
+        raise TypeError(f"{where} has dtype {array.dtype}; only numbers and bools are kept in a checkpoint.")
+    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+    return {_TAG: "array", "dtype": str(array.dtype), "shape": list(array.shape), "data": data}
+
+
+def _reference(array: jax.Array, arrays: dict[str, jax.Array]) -> dict[str, Any]:
+    if not array.size:  # holds nothing, and Orbax does not take it
+        return {_TAG: "empty", "dtype": str(array.dtype), "shape": list(array.shape)}
+    name = str(len(arrays))
+    if is_key(array):
+        arrays[name] = jax.random.key_data(array)
+        return {_TAG: "key", "name": name, "impl": str(jax.random.key_impl(array))}
+    arrays[name] = array
+    return {_TAG: "array on devices", "name": name}

@@ -1,0 +1,50 @@
+"""Which checkpoints are kept. A pure rule; owns no files."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """By what the best checkpoint is chosen.
+
+    Attributes:
+        name: full name of a metric, e.g. `eval/loss`.
+        mode: which way it improves.
+    """
+
+    name: str
+    mode: Literal["min", "max"]
+
+
+def best_step(scores: Mapping[int, Mapping[str, float]], best: Best) -> int | None:
+    """Returns the step with the best score; of equal ones the first, never one that is NaN.
+
+    Args:
+        scores: metrics by full name, by step.
+        best: by what they are compared.
+    """
+    sign = 1 if best.mode == "min" else -1
+    ranked = [
+        (sign * known[best.name], step)
+        for step, known in scores.items()
+        if best.name in known and not math.isnan(known[best.name])
+    ]
+    return min(ranked)[1] if ranked else None
+
+
+def kept_steps(scores: Mapping[int, Mapping[str, float]], keep: int | None, best: Best | None) -> set[int]:
+    """Returns the steps whose checkpoints stay: the `keep` newest (None: all) and the best.
+
+    Args:
+        scores: of every complete checkpoint, by step.
+        keep: int >= 1.
+        best: by what one more is kept.
+    """
+    steps = sorted(scores)
+    kept = set(steps if keep is None else steps[-keep:])
+    if best is not None and (step := best_step(scores, best)) is not None:
+        kept.add(step)
+    return kept
