@@ -27,7 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "W2": {"batch_size": 8, "examples": 64},
     "W3": {"batch_size": 4, "examples": 32, "image": 8, "width": 4},
     "W4": {"batch_size": 4, "context": 8, "width": 16, "heads": 2, "layers": 1},
-    "R50": {"batch_size": 2, "examples": 8, "image": 32, "width": 4, "stages": [1, 1]},
+    "R50": {"batch_size": 2, "examples": 8, "image": 32, "width": 4, "stages": [1]},
 }
 """What differs where a script is only tried out."""
 

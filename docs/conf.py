@@ -13,8 +13,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-# The last one waits for its package.
-exclude_patterns = ["_build", "api/checkpoint.md"]
+exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown"}
 # Docstrings write code in single backticks, as Markdown does.
 default_role = "code"

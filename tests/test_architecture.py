@@ -43,7 +43,7 @@ LAYERS = (
         "L2",
         (
             *("_step", "_checks", "_feed", "_engine", "_windows", "_result", "_recording", "_overview"),
-            *("_diagnosis", "_restoring", "_resuming", "_saved", "_timetable"),
+            *("_diagnosis", "_overridable", "_restoring", "_resuming", "_saved", "_timetable"),
             "export",
         ),
     ),

@@ -3,18 +3,25 @@
 import collections
 import functools
 
+import clu.metrics
+import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import trainkit as tk
+import trainkit._step
 import trainkit._trainer
 from tests.compare import assert_same
+from tests.digits import Net, NetTrainer, batches
 from tests.weight import numbers, traces, trainer, weight
 from trainkit._dispatch import Dispatcher
 from trainkit._loop import Loop
 from trainkit.callbacks import Callback, Lambda
 from trainkit.callbacks._callback import Phase
+from trainkit.hooks import StepHook
 
 HOOKS = (
     "on_fit_start",
@@ -723,3 +730,96 @@ def test_the_last_step_is_told_before_a_source_that_fails():
         made.fit(failing, epochs=1)
     assert told == [1, 2, 3]
     assert int(made.state.step) == 3
+
+
+# Step hooks that guard --------------------------------------------------------------------------------------
+
+
+class Guards(Callback):
+    """Keeps only the updates whose number is not in `refused`; its memory counts all of them."""
+
+    def __init__(self, *refused, name="guard"):
+        self.refused, self.name = refused, name
+
+    def step_hook(self):
+        def admit(memory, values):
+            return ~jnp.isin(values.state.step, jnp.asarray(self.refused, jnp.int32))
+
+        return StepHook(self.name, lambda state: jnp.int32(0), lambda memory, values: memory + 1, admit)
+
+
+class Own(NetTrainer):
+    def train_step(self, state, batch):
+        return super().train_step(state, batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(NetTrainer, {}, id="plain"),
+        pytest.param(NetTrainer, {"accumulate": 2}, id="accumulated"),
+        pytest.param(NetTrainer, {"precision": "float16"}, id="float16"),
+        pytest.param(NetTrainer, {"strategy": "vmap"}, id="vmap"),
+        pytest.param(Own, {}, id="own step"),
+    ],
+)
+def test_an_update_refused_leaves_all_but_the_step_and_the_memory_of_the_guard(kind, options):
+    log = tk.callbacks.LogMetrics(every=tk.Every(steps=2))
+    rate = 0.0 if options.get("strategy") == "vmap" else 0.3
+    model = Net(rate=rate, axis_name="batch" if options.get("strategy") == "vmap" else None)
+    made = kind(model, optax.adam(1e-2), callbacks=[Guards(2, 3), tk.callbacks.EMA(0.9), log], **options)
+    size = options.get("accumulate", 1)
+    data = batches(4 * size)
+    before = jax.device_get(made.fit(data[:size], epochs=1).state)
+    refused = made.fit(data[size : 3 * size], epochs=1)
+    after = jax.device_get(refused.state)
+    assert int(after.step) == refused.step == 3
+    assert int(after.hooks["guard"]) == 3
+    fields = {"step": 1, "hooks": {**before.hooks, "guard": 1}}
+    assert_same(after.replace(**fields), before.replace(**fields))
+    # Metrics of steps that were not kept are not in the log.
+    assert np.isnan(refused.history.last("train/loss"))
+    moved = jax.device_get(made.fit(data[3 * size :], epochs=1).state)
+    assert np.isfinite(made.history.last("train/loss"))
+    assert np.any(moved.params["Dense_0"]["kernel"] != after.params["Dense_0"]["kernel"])
+    assert int(moved.hooks["ema"].count) == 2
+
+
+def test_every_guard_must_admit():
+    guards = [Guards(1, name="first"), Guards(3, name="second")]
+    made = NetTrainer(Net(), optax.adam(1e-2), callbacks=guards)
+    state = made.fit(batches(4), epochs=1).state
+    assert int(state.opt_state[0].count) == 2
+    assert (int(state.hooks["first"]), int(state.hooks["second"])) == (4, 4)
+
+
+def test_without_a_guard_nothing_is_chosen(monkeypatch):
+    monkeypatch.setattr(trainkit._step, "settle", raising(AssertionError("an update was put to a vote")))
+    monkeypatch.setattr(trainkit._step, "select", raising(AssertionError("two states were held")))
+    NetTrainer(Net(), optax.adam(1e-2), callbacks=[tk.callbacks.EMA(0.9)]).fit(batches(1), epochs=1)
+
+
+def test_what_a_step_hook_is_told():
+    told = {}
+
+    class Looks(Callback):
+        def step_hook(self):
+            def update(memory, values):
+                told.update(has_loss=values.has_loss, grads=values.grads is not None)
+                return jnp.stack([values.before.step, values.state.step])
+
+            return StepHook("looks", lambda state: jnp.zeros(2, jnp.int32), update)
+
+    class Silent(tk.Trainer):
+        metrics = flax.struct.dataclass(type("None_", (clu.metrics.Collection,), {"__annotations__": {}}))
+
+        def loss(self, model, batch, ctx):
+            return model(batch["x"], train=ctx.train).sum(axis=-1), {}
+
+        def train_step(self, state, batch):
+            return state, {}
+
+    state = NetTrainer(Net(), optax.sgd(0.1), callbacks=[Looks()]).fit(batches(3), epochs=1).state
+    assert (told, state.hooks["looks"].tolist()) == ({"has_loss": True, "grads": True}, [2, 3])
+    Silent(Net(), optax.sgd(0.1), callbacks=[Looks()]).fit(batches(1), epochs=1)
+    assert told == {"has_loss": False, "grads": False}

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -105,15 +106,17 @@ class _Calls:
     """The calls of modules in a trace in order of completion, and what each told of its numbers when it ran."""
 
     def __init__(self) -> None:
+        self._root = "model"
         self._names: list[str] = []
         self._told: dict[int, tuple[bool, bool]] = {}
 
     def __call__(
         self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
     ) -> Any:
+        name = f"{self._path(context.module)} ({context.method_name})"
         result = method(*args, **kwargs)
         if context.method_name != "setup":
-            self._names.append(f"{_path(context.module)} ({context.method_name})")
+            self._names.append(name)
             note = functools.partial(self._note, len(self._names) - 1)
             # The one way out of vmap, grad, scan and remat alike.
             jax.debug.callback(note, _all_finite((args, kwargs)), _all_finite(result))
@@ -126,17 +129,19 @@ class _Calls:
             None,
         )
 
+    def _path(self, module: nn.Module) -> str:
+        root: Any = module
+        while isinstance(root.parent, nn.Module):
+            root = root.parent
+        # Lifted transformations cut the way up, and try modules as roots of scopes of their own kind.
+        if not root.path and type(root.parent) is flax.core.Scope:
+            self._root = type(root).__name__
+        return "/".join((self._root, *module.path))
+
     def _note(self, index: int, inputs: Any, output: Any) -> None:
         # Told several times where one trace runs for several examples, devices or rounds of a scan.
         before = self._told.get(index, (True, True))
         self._told[index] = before[0] and bool(inputs), before[1] and bool(output)
-
-
-def _path(module: nn.Module) -> str:
-    root: Any = module
-    while isinstance(root.parent, nn.Module):
-        root = root.parent
-    return "/".join((type(root).__name__, *module.path))
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

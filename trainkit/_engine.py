@@ -98,8 +98,17 @@ class Engine:
             state = state.replace(rng=jax.random.split(jax.random.key(seed))[1])
         return self.strategy.lay_out(self.steps.with_hooks(state))
 
-    def prepare_train(self, state: TrainState, source: Source, first: Batch | GlobalBatch) -> Prepared:
-        """Returns the training step for `source`, whose first batch is `first`; refuses what is wrong with it."""
+    def prepare_train(
+        self, state: TrainState, source: Source, first: Batch | GlobalBatch, least_rows: int = 0
+    ) -> Prepared:
+        """Returns the training step for `source`; refuses what is wrong with it.
+
+        Args:
+            state: to train.
+            source: of the batches.
+            first: the first of them.
+            least_rows: to how many rows batches are padded at least, where padding is exact.
+        """
         first = spec_of(first)
         check_batch(first)
         rows = batch_size_of(first)
@@ -108,7 +117,7 @@ class Engine:
         if not traits.per_example:
             why = "the loss is a scalar"
         feed = self._feed(
-            rows=rows,
+            rows=max(rows, least_rows) if exact else rows,
             may_be_partial=source.may_be_partial,
             exact=exact,
             what="training",

@@ -20,6 +20,7 @@ from trainkit._agreement import agree
 from trainkit._dispatch import Dispatcher, before_checkpoints, checkpoints, guards
 from trainkit._engine import Engine, key_impl
 from trainkit._evaluate import evaluate
+from trainkit._failures import Failures
 from trainkit._feed import Fed
 from trainkit._history import History
 from trainkit._interrupts import Interrupts
@@ -27,7 +28,7 @@ from trainkit._record import Record
 from trainkit._request import Position, Request
 from trainkit._restoring import restore_state
 from trainkit._result import FitResult
-from trainkit._resuming import newest_whole
+from trainkit._resuming import newest_of
 from trainkit._saved import Saved, contents_of, load_saved
 from trainkit._state import TrainState
 from trainkit._step import with_raw_key, with_typed_key
@@ -40,7 +41,7 @@ from trainkit.callbacks._callback import Callback, Rollback, Save, Stop, Update
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.callbacks._info import Info, Plan
 from trainkit.checkpoint._store import Contents
-from trainkit.data._batch import check_batch
+from trainkit.data._batch import batch_size_of, check_batch
 from trainkit.data._global_batch import spec_of
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.writers._writer import MetricWriter
@@ -76,7 +77,8 @@ class Loop:
         self._engine, self._request, self._history, self._clock = engine, request, history, clock
         self._interrupts = interrupts
         self._batches: Iterator[Batch] | None = itertools.chain([first], batches)
-        self._prepared = engine.prepare_train(state, request.source, first)
+        position.rows = request.source.batch_size or max(position.rows, batch_size_of(spec_of(first)))
+        self._prepared = engine.prepare_train(state, request.source, first, position.rows)
         self._step = int(state.step) if resumed is None else resumed.step
         begun = position.epoch - (1 if position.batch else 0)
         self._first_step, self._first_epoch = self._step, begun
@@ -96,6 +98,7 @@ class Loop:
         self._rollback: tuple[Callback, str] | None = None
         self._owed_evaluation = self._owed_epoch_end = self._goes_on = False
         self._pass_begun = self._pass_told = False
+        self._failures = Failures(engine, request.source, request.accumulate, request.logdir)
         if resumed is not None:
             self._record.take_back(resumed, engine.strategy.replicate)
             self.stopped_by = resumed.stopped_by
@@ -121,8 +124,11 @@ class Loop:
             while not self._finished():
                 self._epoch()
             self._dispatch.call("on_fit_end")
+            if self._rollback is not None:
+                self._roll_back()
         except BaseException as exc:
             error = exc
+            self._failures.keep(exc, self.state)
             self._dispatch.exception(exc)
         errors = [*([] if error is None else [error]), *self._dispatch.close()]
         if errors:
@@ -196,6 +202,7 @@ class Loop:
         self._pass_begun, self._pass_told = not begins, False
         if begins:
             self.position.epoch += 1
+        self._failures.begin(self._step, self.position)
         try:
             batches = self._open_pass()
             if not goes_on:
@@ -239,7 +246,10 @@ class Loop:
             try:
                 fed = place(batch)
                 self._raw, metrics.packed = step(self._raw, metrics.packed, fed.batch, fed.mask)
-            except TypeError:
+            except Exception as error:
+                self._failures.note(self._step + 1, batch)
+                if not isinstance(error, TypeError):
+                    raise
                 check_batch(spec_of(batch))  # names the leaf that no step can take, where that was the reason
                 raise
             self._step += 1
@@ -335,9 +345,14 @@ class Loop:
 
     def _save(self, *, everyone: bool = False) -> None:
         wanted, self._wanted = self._wanted, set()
-        for keeper in self._keepers:
-            if everyone or self._finished() or id(keeper) in wanted:
-                keeper.save(self._step, self._contents)
+        keepers = [one for one in self._keepers if everyone or self._finished() or id(one) in wanted]
+        if keepers:
+            self._dispatch.call("on_save")
+        if self._rollback is not None:
+            self._roll_back()
+            return
+        for keeper in keepers:
+            keeper.save(self._step, self._contents)
 
     def _contents(self, labels: Mapping[str, Any]) -> Contents:
         saved = Saved(
@@ -347,6 +362,7 @@ class Loop:
             first_epoch=self._first_epoch,
             epoch=self.position.epoch,
             batch=self.position.batch,
+            rows=self.position.rows,
             evaluation_owed=self._owed_evaluation,
             epoch_end_owed=self._owed_epoch_end,
             stopped_by=None if self._interrupted else self.stopped_by,
@@ -362,11 +378,12 @@ class Loop:
             raise RuntimeError(
                 f"{reason}; there is no checkpoint to go back to: add tk.callbacks.Checkpoint()."
             )
-        store = self._keepers[0].store
-        store.wait()
-        step = newest_whole(store)
-        if step is None:
+        for keeper in self._keepers:
+            keeper.store.wait()
+        found = newest_of([keeper.store for keeper in self._keepers])
+        if found is None:
             raise RuntimeError(f"{reason}; no checkpoint was saved yet to go back to: save earlier.")
+        store, step = found
         _LOG.warning(
             "%s: back from step %d to %d; the batches since are passed over.", reason, self._step, step
         )
@@ -376,6 +393,7 @@ class Loop:
         self._record.take_back(load_saved(store, step), self._engine.strategy.replicate, without=callback)
         self._plan = self._make_plan()
         self._make_timetables()
+        self._failures.begin(self._step, self.position)
 
     # What callbacks are told, and what they ask for -----------------------------------------------------------
 

@@ -16,10 +16,12 @@ class Position:
     Attributes:
         epoch: passes over the training source begun.
         batch: batches of the running pass already used; 0 between passes.
+        rows: of a full batch, as far as is known: a pass gone on with at a smaller one pads it alike.
     """
 
     epoch: int = 0
     batch: int = 0
+    rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,6 +60,10 @@ def restore_state(engine: Engine, store: Store, step: int, current: TrainState) 
         ValueError: the trainer's state has other paths, shapes or dtypes.
     """
     saved = _spec_of(store, step)
+    if current.rng is None:
+        current = current.replace(rng=_abstract(*saved["rng"]))
+    # A state made by hand lacks the memory of hooks, which a fit adds.
+    current = jax.eval_shape(engine.steps.with_hooks, current)
     template = _template(engine, saved, current, store, step)
     return _load(engine, store, step, template)
 

@@ -1,15 +1,17 @@
 """Which checkpoint is meant: the newest that is whole, the best, or one by its step. Loads nothing."""
 
+import contextlib
 import logging
 import os
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from trainkit.checkpoint._retention import Best
-from trainkit.checkpoint._store import FOLDER, Store
+from trainkit.checkpoint._store import FOLDER, META, Store
 
 _LOG = logging.getLogger("trainkit")
 _NONE = -1
@@ -27,7 +29,7 @@ def choose(path: str | os.PathLike[str], step: int | str) -> tuple[Store, int]:
         ValueError: `step` is something else, the checkpoint is damaged, or none was ranked.
     """
     folder = pathlib.Path(path)
-    if (folder / "meta").is_dir() and folder.name.isdecimal():
+    if (folder / META).is_file() and folder.name.isdecimal():
         folder, step = folder.parent, int(folder.name)
     elif (folder / FOLDER).is_dir():
         folder = folder / FOLDER
@@ -54,7 +56,10 @@ def choose(path: str | os.PathLike[str], step: int | str) -> tuple[Store, int]:
 
 
 def _best(store: Store, steps: list[int]) -> int:
-    best = store.meta(steps[-1])["best"]
+    best = None
+    for step in steps:
+        with contextlib.suppress(OSError, ValueError):  # a damaged one, which nobody asked for
+            best = store.meta(step)["best"]
     found = None if best is None else store.best(Best(*best))
     if found is None:
         raise ValueError(
@@ -62,6 +67,16 @@ def _best(store: Store, steps: list[int]) -> int:
             "Checkpoint(best=('eval/loss', 'min')), or name a step."
         )
     return found
+
+
+def newest_of(stores: Sequence[Store]) -> tuple[Store, int] | None:
+    """Returns the newest whole checkpoint of several folders and its store, None where there is none at all.
+
+    Raises:
+        ValueError: in one of them are checkpoints, and all are damaged.
+    """
+    found = [(store, step) for store in stores if (step := newest_whole(store)) is not None]
+    return max(found, key=lambda one: one[1], default=None)
 
 
 def newest_whole(store: Store, *, rename: bool = True) -> int | None:

@@ -8,7 +8,7 @@ from trainkit._engine import Engine
 from trainkit._history import History
 from trainkit._request import Position
 from trainkit._restoring import Restored, restore_built, restore_partly, restore_state
-from trainkit._resuming import choose, newest_whole
+from trainkit._resuming import choose, newest_of
 from trainkit._saved import Saved, load_saved
 from trainkit._state import TrainState
 from trainkit._tree import named_leaves
@@ -23,43 +23,48 @@ class Run:
         history: every scalar logged.
         position: where it stands in its data.
         fits: how many were begun.
+        data: what the last of them trained on, None before the first.
     """
 
     def __init__(self) -> None:
         self.history, self.position, self.fits = History(), Position(), 0
-        self._data: Any = None
+        self.data: Any = None
         self._catching_up = True
 
     def aim_at(self, data: Any) -> None:
         """Notes what the next fit trains on: the same goes on inside its pass, other data begin one of their own."""
-        if data is not self._data:
-            self.position.batch = 0
-        self._data = data
+        if self.data is not None and data is not self.data:
+            self.position.batch = self.position.rows = 0
+        self.data = data
 
-    def find(self, store: Store, writer: MetricWriter, step: int) -> Saved | None:
+    def forget_data(self) -> None:
+        """Takes whatever the next fit trains on for the data in which the run stands."""
+        self.data, self.position.rows = None, 0
+
+    def find(self, stores: Sequence[Store], writer: MetricWriter, step: int) -> tuple[Store, Saved] | None:
         """Returns where an earlier process left the run, None where there is nothing of it left to catch up with.
 
         Args:
-            store: its checkpoints.
+            stores: its checkpoints; none where it is not to be resumed.
             writer: of the logs.
             step: updates completed here.
         """
-        if not self._catching_up:
+        if not stores or not self._catching_up:
             return None
-        newest = newest_whole(store)
+        newest = newest_of(stores)
         if newest is None:
             # Killed before its first checkpoint, a run leaves logs all the same.
             writer.rewind(step, ())
             self._catching_up = False
             return None
-        saved = load_saved(store, newest)
+        store, saved = newest[0], load_saved(*newest)
         self._catching_up = saved.fit > self.fits + 1
         self.set_to(saved)
-        return saved
+        return store, saved
 
     def set_to(self, saved: Saved) -> None:
         """Stands where `saved` was."""
-        self.position.epoch, self.position.batch = saved.epoch, saved.batch
+        self.position.epoch, self.position.batch, self.position.rows = saved.epoch, saved.batch, saved.rows
         self.history.load_state_dict(saved.history)
 
 
@@ -83,5 +88,6 @@ def restore(
     else:
         state = restore_state(engine, store, number, current)
     run.set_to(load_saved(store, number))
+    run.forget_data()
     names = tuple(name for name, _ in named_leaves(state))
     return state, Restored(str(store.folder / str(number)), number, names)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from trainkit._restoring import arrays_of
 from trainkit._state import TrainState
@@ -25,6 +26,7 @@ class Saved:
         first_epoch: passes completed when it began.
         epoch: passes begun.
         batch: batches of the running pass used; 0 between passes.
+        rows: of a full batch, to which smaller ones are padded.
         evaluation_owed: whether an evaluation is due at this step that a signal broke off.
         epoch_end_owed: whether the pass is done and its end was not told.
         stopped_by: why the fit was over, None where it was not.
@@ -41,6 +43,7 @@ class Saved:
     first_epoch: int
     epoch: int
     batch: int
+    rows: int
     evaluation_owed: bool
     epoch_end_owed: bool
     stopped_by: str | None
@@ -60,7 +63,7 @@ def contents_of(state: TrainState, saved: Saved, labels: Mapping[str, Any]) -> C
         labels: JSON for lists of checkpoints: `scores`, `best` and the user's `metadata`.
     """
     arrays, spec = arrays_of(state)
-    extra: dict[str, jax.Array] = {}
+    extra: dict[str, jax.Array | np.ndarray] = {}
     host = {
         field.name: encode(getattr(saved, field.name), extra, field.name)
         for field in dataclasses.fields(saved)

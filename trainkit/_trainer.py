@@ -3,9 +3,8 @@
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, final
+from typing import Any, Literal, final
 
-import clu.metrics
 import flax.linen as nn
 import jax
 import optax
@@ -19,16 +18,18 @@ from trainkit._arguments import (
     peek,
     with_defaults,
 )
-from trainkit._context import StepContext
+from trainkit._diagnosis import Diagnosis
 from trainkit._engine import Engine
 from trainkit._evaluate import evaluate, predict
 from trainkit._history import History
 from trainkit._interrupts import Interrupts
 from trainkit._loop import Loop
 from trainkit._model import LinenModel
+from trainkit._overridable import OVERRIDABLE, Overridable
 from trainkit._overview import overview
 from trainkit._precision import resolve_precision
 from trainkit._recording import open_writers
+from trainkit._replay import Replay
 from trainkit._request import Request
 from trainkit._restoring import Restored, restore_state
 from trainkit._result import FitResult
@@ -36,23 +37,20 @@ from trainkit._run import Run, restore
 from trainkit._state import TrainState
 from trainkit._step import Steps, UserFunctions
 from trainkit._tree import copy_arrays
-from trainkit._typing import Batch, Outputs, PyTree
+from trainkit._typing import Batch, PyTree
 from trainkit._when import Cadence, as_cadence
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.checkpoint._store import Store
 from trainkit.data._global_batch import GlobalBatch
 from trainkit.data._source import as_source
-from trainkit.metrics._accumulator import LossMetrics
 from trainkit.parallel._resolve import resolve_strategy
 from trainkit.parallel._strategy import Strategy
 from trainkit.writers._logdir import local_folder, locked
 from trainkit.writers._writer import MetricWriter
 
-_OVERRIDABLE = ("loss", "metrics", "train_step", "eval_step", "predict_step", "init_variables")
 
-
-class Trainer:
+class Trainer(Overridable):
     """Trains a Flax module. Subclass it and write `loss`.
 
     The whole surface of a subclass is `loss`, `metrics`, and for full control `train_step`, `eval_step`,
@@ -87,8 +85,6 @@ class Trainer:
         >>> result.step
         5
     """
-
-    metrics: ClassVar[type[clu.metrics.Collection]] = LossMetrics
 
     def __init__(
         self,
@@ -126,72 +122,8 @@ class Trainer:
         if fixed:
             raise TypeError(
                 f"{cls.__name__} overrides {', '.join(fixed)}, which trainkit keeps to itself. A subclass may define "
-                f"{', '.join(_OVERRIDABLE)}; for anything that happens around the steps write a callback."
+                f"{', '.join(OVERRIDABLE)}; for anything that happens around the steps write a callback."
             )
-
-    # What a subclass defines ----------------------------------------------------------------------------------
-
-    def loss(self, model: Any, batch: Batch, ctx: StepContext) -> tuple[jax.Array, Outputs]:
-        """Returns the losses of a batch and what the metrics are computed from. The one method you must write.
-
-        The call runs inside the scope of the bound module: `model(x)`, `model.encode(x)`,
-        `model.make_rng("dropout")` and several calls in a row work, and changed collections are kept.
-
-        Args:
-            model: your module, bound.
-            batch: leaves `[batch, ...]`.
-            ctx: what is known of the step.
-
-        Returns:
-            `losses`, float `[batch]` (or a scalar: then no batch is ever padded), and `outputs`, a mapping that
-            the metrics get as keyword arguments with `loss` `[batch]` and `mask` `bool[batch]`.
-        """
-        raise NotImplementedError(
-            f"{type(self).__name__} has no loss. Define loss(self, model, batch, ctx) and return (losses, outputs), "
-            "e.g. return optax.l2_loss(model(batch['x'])[:, 0], batch['y']), {}."
-        )
-
-    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Outputs]:
-        """Returns the state after one update, and the outputs for the metrics. Traced; override for full control.
-
-        One call is one step, however often `apply_gradients` is called in it; batches are never padded. The key
-        of the step is `jax.random.fold_in(state.rng, state.step)`.
-
-        Args:
-            state: before the update; its `step` is counted up by trainkit.
-            batch: leaves `[batch, ...]`.
-
-        Returns:
-            The state, of the same structure, shapes and dtypes, and a mapping of what the metrics ask for.
-        """
-        return self._engine.steps.default_update(state, batch)
-
-    def eval_step(self, state: TrainState, batch: Batch) -> Outputs:
-        """Returns one batch's outputs for the metrics. Traced; by default those of `loss`, not training.
-
-        The last rows of `batch` may be padding, which is masked afterwards; every output has one row per example.
-        """
-        return self._engine.steps.default_eval(state, batch)
-
-    def predict_step(self, model: Any, batch: Batch, ctx: StepContext) -> PyTree:
-        """Returns predictions, leaves `[batch, ...]`; runs in the scope of the bound module as `loss` does.
-
-        By default the outputs of `loss`; override it to predict without labels.
-
-        Raises:
-            KeyError: `loss` needs what the batch has not, such as labels.
-        """
-        try:
-            return self.loss(model, batch, ctx)[1]
-        except KeyError as error:
-            raise KeyError(
-                f"{error.args[0]} is not in the batch. By default predict runs loss; to predict without it define "
-                "predict_step(self, model, batch, ctx), e.g. return model(batch['image'], train=False)."
-            ) from error
-
-    def init_variables(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
-        """Returns the variables to start from, `{"params": ..., ...}`. Traced; by default those `loss` creates."""
-        return self._engine.steps.init_variables(rng, batch)
 
     # What a user calls ----------------------------------------------------------------------------------------
 
@@ -270,7 +202,7 @@ class Trainer:
         if eval_every is not None:
             as_cadence(eval_every, "eval_every")
         source, evaluations = as_source(data), eval_sources(eval_data)
-        store = self._checkpoints() if resume else None
+        stores = self._checkpoints() if resume else []
         self._run.aim_at(data)
         request = Request(
             fit=self._run.fits + 1,
@@ -290,11 +222,12 @@ class Trainer:
             locked(None if jax.process_index() else self._logdir),
             open_writers(self._logdir, self._writers, self._run.history) as writer,
         ):
-            saved = None if store is None else self._run.find(store, writer, self._steps_done)
+            found = self._run.find(stores, writer, self._steps_done)
+            saved = None if found is None else found[1]
             first, batches = peek(self._engine, source, self._run.position)
-            if store is not None and saved is not None:
+            if found is not None:
                 current = self._state or self._engine.init_spec(first)
-                self._state = restore_state(self._engine, store, saved.step, current)
+                self._state = restore_state(self._engine, found[0], found[1].step, current)
                 self._shown = False
             self._run.fits += 1
             if saved is not None and saved.fit > request.fit:
@@ -382,6 +315,35 @@ class Trainer:
         return restored
 
     @final
+    def replay(self, step: int, *, data: Any = None, jit: bool = True) -> Diagnosis:
+        """Runs one training step again and says where it stops being finite. Changes nothing.
+
+        A step that raised, or that `NanGuard("raise")` refused, left its batch in `<logdir>/failures`; a refused
+        one the state before it too. Else the state is that of the nearest checkpoint before, from which the steps
+        up to this one are run on `data`, without what callbacks changed in between.
+
+        Args:
+            step: number of the step: the updates completed after it.
+            data: as for `fit`; by default what this trainer was fitted on.
+            jit: compile the step; else each operation runs on its own, so that a debugger can stop in it.
+
+        Returns:
+            What was found: the first module whose output was not finite, the first such leaf, the loss.
+
+        Raises:
+            FileNotFoundError: there is neither a state kept nor a checkpoint before `step`.
+            ValueError: data are needed and there are none, or too few.
+        """
+        store = next(
+            (Store(c.folder(self._logdir)) for c in self._callbacks if isinstance(c, Checkpoint)), None
+        )
+        data = self._run.data if data is None else data
+        source = None if data is None else as_source(data)
+        return Replay(self._engine, self._logdir, store, source, self._accumulate).run(
+            step, self._state, jit=jit
+        )
+
+    @final
     def summary(self) -> str:
         """Returns a table of the parameters: names, shapes, counts, bytes; then the totals of the whole state."""
         return overview(self.state, self._strategy.describe())
@@ -418,18 +380,15 @@ class Trainer:
         )
         return Engine(steps, self._strategy, self.metrics, scaled=self._precision.scaled)
 
-    def _overridden(self, name: str) -> Any:
-        return None if getattr(type(self), name) is getattr(Trainer, name) else getattr(self, name)
-
     @property
     def _steps_done(self) -> int:
         return 0 if self._state is None else int(self._state.step)
 
-    def _checkpoints(self) -> Store:
-        keeper = next((callback for callback in self._callbacks if isinstance(callback, Checkpoint)), None)
-        if keeper is None:
+    def _checkpoints(self) -> list[Store]:
+        keepers = [callback for callback in self._callbacks if isinstance(callback, Checkpoint)]
+        if not keepers:
             raise ValueError("resume=True needs checkpoints: add tk.callbacks.Checkpoint() to the callbacks.")
-        return Store(keeper.folder(self._logdir))
+        return [Store(keeper.folder(self._logdir)) for keeper in keepers]
 
     def _begin(self, first: Batch | GlobalBatch) -> TrainState:
         if self._state is None:
@@ -447,5 +406,5 @@ class Trainer:
 
 
 _FINAL = frozenset(
-    name for name in vars(Trainer) if not name.startswith("__") and name not in (*_OVERRIDABLE,)
+    name for name in vars(Trainer) if not name.startswith("__") and name not in (*OVERRIDABLE,)
 )

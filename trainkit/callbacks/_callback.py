@@ -101,6 +101,9 @@ class Callback:
     def on_epoch_end(self, info: Info) -> Action:
         """Called after the last step of each pass, and its evaluation; also of a pass broken off by `steps=`."""
 
+    def on_save(self, info: Info) -> Action:
+        """Called before a checkpoint of this step is saved, after all else at the step."""
+
     def on_fit_end(self, info: Info) -> Action:
         """Called once when a fit ends without an exception, stopped early or not."""
 

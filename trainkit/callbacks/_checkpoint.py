@@ -83,6 +83,8 @@ class Checkpoint(Callback):
         return logdir / FOLDER
 
     def on_fit_start(self, info: Info) -> None:
+        if info.step == 0:
+            self._scores, self._best_value = (-1, {}), None
         self._store = Store(self.folder(info.logdir))
         self._store.clean()
         later = [step for step in self._store.steps() if step > info.step]
@@ -116,7 +118,7 @@ class Checkpoint(Callback):
         return {"best_value": self._best_value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._best_value = state["best_value"]
+        self._scores, self._best_value = (-1, {}), state["best_value"]
 
     def close(self) -> None:
         store, self._store = self._store, None

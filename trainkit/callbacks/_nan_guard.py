@@ -100,6 +100,9 @@ class NanGuard(Callback):
     def on_eval_start(self, info: Info) -> Action:
         return self._settle() if self._action == "skip" else self.look(info)
 
+    def on_save(self, info: Info) -> Action:
+        return self.look(info)
+
     def on_fit_end(self, info: Info) -> Action:
         return self.look(info)
 

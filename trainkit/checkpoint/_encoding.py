@@ -1,7 +1,7 @@
 """What a checkpoint holds apart from the train state, as JSON and device arrays. Owns the encoding of values.
 
-NumPy arrays are small here and stand in the JSON, bit for bit; JAX arrays may be large or divided over
-devices, and go where the train state goes.
+Small NumPy arrays stand in the JSON, bit for bit; large ones, and JAX arrays, which may be divided over devices,
+go where the train state goes.
 """
 
 import base64
@@ -15,10 +15,11 @@ import numpy as np
 from trainkit._tree import is_key
 
 _TAG = "__trainkit__"
+_SMALL = 1 << 14  # bytes
 
 
-def encode(value: Any, arrays: dict[str, jax.Array], where: str) -> Any:
-    """Returns `value` as JSON; the JAX arrays in it are put into `arrays` and stand as references.
+def encode(value: Any, arrays: dict[str, jax.Array | np.ndarray], where: str) -> Any:
+    """Returns `value` as JSON; the large arrays in it are put into `arrays` and stand as references.
 
     Args:
         value: dicts, lists and tuples of numbers, strings, None, NumPy and JAX arrays.
@@ -33,7 +34,7 @@ def encode(value: Any, arrays: dict[str, jax.Array], where: str) -> Any:
     if isinstance(value, jax.Array):
         return _reference(value, arrays)
     if isinstance(value, np.ndarray | np.generic):
-        return _array(np.asarray(value), where)
+        return _array(np.asarray(value), arrays, where)
     if isinstance(value, tuple | list):
         items = [encode(item, arrays, f"{where}[{index}]") for index, item in enumerate(value)]
         return items if isinstance(value, list) else {_TAG: "tuple", "items": items}
@@ -65,14 +66,18 @@ def decode(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     return jax.random.wrap_key_data(array, impl=value["impl"]) if kind == "key" else array
 
 
-def _array(array: np.ndarray, where: str) -> dict[str, Any]:
+def _array(array: np.ndarray, arrays: dict[str, jax.Array | np.ndarray], where: str) -> dict[str, Any]:
     if array.dtype.kind in "OUSMm" or array.dtype.fields:
         raise TypeError(f"{where} has dtype {array.dtype}; only numbers and bools are kept in a checkpoint.")
+    if array.nbytes > _SMALL and array.dtype.isnative:
+        # A copy, for it is written while its owner goes on.
+        arrays[str(len(arrays))] = array.copy()
+        return {_TAG: "stored", "name": str(len(arrays) - 1)}
     data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
     return {_TAG: "array", "dtype": str(array.dtype), "shape": list(array.shape), "data": data}
 
 
-def _reference(array: jax.Array, arrays: dict[str, jax.Array]) -> dict[str, Any]:
+def _reference(array: jax.Array, arrays: dict[str, jax.Array | np.ndarray]) -> dict[str, Any]:
     if not array.size:  # holds nothing, and Orbax does not take it
         return {_TAG: "empty", "dtype": str(array.dtype), "shape": list(array.shape)}
     name = str(len(arrays))
@@ -80,4 +85,4 @@ def _reference(array: jax.Array, arrays: dict[str, jax.Array]) -> dict[str, Any]
         arrays[name] = jax.random.key_data(array)
         return {_TAG: "key", "name": name, "impl": str(jax.random.key_impl(array))}
     arrays[name] = array
-    return {_TAG: "array on devices", "name": name}
+    return {_TAG: "stored", "name": name}

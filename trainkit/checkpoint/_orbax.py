@@ -1,6 +1,7 @@
 """Orbax, as the checkpoints use it. Owns the calls; not what is saved, nor when. Imported at the first use."""
 
 import contextlib
+import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,11 +15,21 @@ from trainkit.checkpoint._manifest import write_manifest
 
 
 class _Handler(ocp.CompositeCheckpointHandler):
-    """Orbax's handler of several items, which lists the files before the folder gets its final name."""
+    """Orbax's handler of several items, which adds our files before the folder gets its final name.
+
+    Attributes:
+        documents: JSON to write beside the items, by name of the file. An item of Orbax for each would start
+            threads while training waits; this is done in the background, by the first process.
+    """
+
+    documents: Mapping[str, Any]
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
-        write_manifest(pathlib.Path(directory))
+        folder = pathlib.Path(directory)
+        for name, document in self.documents.items():
+            (folder / name).write_text(json.dumps(document), encoding="utf-8")
+        write_manifest(folder)
 
 
 @ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
@@ -30,7 +41,8 @@ class AsyncWriter:
     """Writes checkpoints in the background, one at a time; complete or absent."""
 
     def __init__(self) -> None:
-        self._checkpointer = ocp.AsyncCheckpointer(_Handler())
+        self._handler = _Handler()
+        self._checkpointer = ocp.AsyncCheckpointer(self._handler)
 
     def save(self, folder: pathlib.Path, trees: Mapping[str, PyTree], documents: Mapping[str, Any]) -> None:
         """Begins to write; returns when the arrays of `trees` may change.
@@ -38,10 +50,10 @@ class AsyncWriter:
         Args:
             folder: of the checkpoint; absolute, and not there.
             trees: nested dicts of arrays, by item.
-            documents: JSON, by item.
+            documents: JSON, by name of the file.
         """
+        self._handler.documents = documents
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-        items |= {name: ocp.args.JsonSave(document) for name, document in documents.items()}
         self._checkpointer.save(folder, args=_Args(**items))
 
     def wait(self) -> None:

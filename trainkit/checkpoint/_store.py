@@ -1,8 +1,8 @@
 """The checkpoints of one folder, written and read by Orbax.
 
 Owns the folder: what is in it, what is removed from it and what was left half done. Knows no loop; what a
-checkpoint means is its maker's affair. Layout: `<folder>/<step>/` with the items `state` (arrays),
-`extra` (arrays of callbacks, where there are any), `meta` and `host` (JSON), and the list of files.
+checkpoint means is its maker's affair. Layout: `<folder>/<step>/` with Orbax's items `state` (arrays) and `extra`
+(arrays of callbacks, where there are any), `meta.json`, `host.json`, and the list of files.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 
 from trainkit._atomic import write_atomic
+from trainkit.checkpoint._manifest import NAME as MANIFEST
 from trainkit.checkpoint._manifest import problems
 from trainkit.checkpoint._retention import Best, best_step, kept_steps
 from trainkit.checkpoint._tree import flat, nested
@@ -31,10 +33,13 @@ FOLDER = "checkpoints"
 """Name of the folder within a run's `logdir`."""
 
 _LOG = logging.getLogger("trainkit")
-_UNFINISHED = ".orbax-checkpoint-tmp"
 _REMOVED = ".removed"
 _DAMAGED = ".damaged"
 _SCORES = "scores.json"
+_HOST = "host.json"
+META = "meta.json"
+"""Name of the small document in the folder of each checkpoint."""
+_LEFT_BEHIND = re.compile(rf"\d+({re.escape(_REMOVED)}|\.orbax-checkpoint-tmp.*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Contents:
     """
 
     state: Mapping[str, jax.Array]
-    extra: Mapping[str, jax.Array]
+    extra: Mapping[str, jax.Array | np.ndarray]
     meta: dict[str, Any]
     host: dict[str, Any]
 
@@ -68,6 +73,7 @@ class Store:
         self._first = jax.process_index() == 0
         self._writer: AsyncWriter | None = None
         self._saving: int | None = None
+        self._scores: dict[int, dict[str, float]] = {}  # read once
         self._removing: list[threading.Thread] = []
 
     # What there is --------------------------------------------------------------------------------------------
@@ -85,8 +91,11 @@ class Store:
         return read_meta(self.folder, step)
 
     def scores(self) -> dict[int, dict[str, float]]:
-        """Returns the metrics of every complete checkpoint by step."""
-        return read_scores(self.folder)
+        """Returns the metrics of every complete checkpoint by step; none for one that cannot be read."""
+        known, self._scores = self._scores, {}
+        for step in self.steps():
+            self._scores[step] = known[step] if step in known else _read_scores(self.folder, step)
+        return dict(self._scores)
 
     def best(self, best: Best) -> int | None:
         """Returns the step of the best checkpoint, None where none has the metric."""
@@ -115,8 +124,12 @@ class Store:
         if contents.extra:
             trees["extra"] = dict(contents.extra)
         extra = {name: [str(array.dtype), list(array.shape)] for name, array in contents.extra.items()}
-        documents = {"meta": contents.meta, "host": {"values": contents.host, "extra": extra}}
+        documents = {META: contents.meta, _HOST: {"values": contents.host, "extra": extra}}
         with self._explaining(step):
+            if (
+                self.folder / str(step)
+            ).exists():  # the rest of one, e.g. of a removal by hand that was broken off
+                self.set_aside(step)
             self._open_writer().save(self.folder / str(step), trees, documents)
         self._saving = step
 
@@ -134,6 +147,7 @@ class Store:
     def add_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Notes metrics of a checkpoint that were not known when it was saved."""
         self.wait()
+        self._scores.pop(step, None)
         if self._first and scores and (self.folder / str(step)).is_dir():
             write_atomic(self.folder / str(step) / _SCORES, json.dumps(dict(scores)).encode())
 
@@ -149,7 +163,8 @@ class Store:
         """Removes what a killed process left half done."""
         if self._first and self.folder.is_dir():
             for path in self.folder.iterdir():
-                if path.name.endswith((_UNFINISHED, _REMOVED)):
+                # Others may keep things of their own in the folder.
+                if _LEFT_BEHIND.fullmatch(path.name):
                     shutil.rmtree(path, ignore_errors=True)
 
     def set_aside(self, step: int) -> None:
@@ -177,7 +192,7 @@ class Store:
     def load_host(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Returns the `host` of a checkpoint, and its `extra` as NumPy arrays."""
         folder = self.folder / str(step)
-        host = json.loads((folder / "host" / "metadata").read_bytes())
+        host = json.loads((folder / _HOST).read_bytes())
         if not host["extra"]:
             return host["values"], {}
         from trainkit.checkpoint._orbax import read
@@ -238,25 +253,27 @@ def complete_steps(folder: pathlib.Path) -> list[int]:
     """Returns the steps of the complete checkpoints in `folder`, in order."""
     if not folder.is_dir():
         return []
-    names = [path.name for path in folder.iterdir() if path.is_dir()]
-    return sorted(int(name) for name in names if name.isdecimal())
+    return sorted(int(path.name) for path in folder.iterdir() if _is_checkpoint(path))
+
+
+def _is_checkpoint(path: pathlib.Path) -> bool:
+    # Damaged ones count; a folder that somebody named 2024 does not.
+    named = path.name.isdecimal() and path.name == str(int(path.name))
+    return named and any((path / ours).exists() for ours in (META, _HOST, MANIFEST))
 
 
 def read_meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
     """Returns the `meta` of a checkpoint, with the scores that came later."""
     path = folder / str(step)
-    meta = json.loads((path / "meta" / "metadata").read_bytes())
-    with contextlib.suppress(FileNotFoundError):
+    meta = json.loads((path / META).read_bytes())
+    # Unreadable, they are no reason to refuse the checkpoint: nothing that is trained depends on them.
+    with contextlib.suppress(OSError, ValueError):
         meta["scores"] = {**meta["scores"], **json.loads((path / _SCORES).read_bytes())}
     return meta
 
 
-def read_scores(folder: pathlib.Path) -> dict[int, dict[str, float]]:
-    """Returns the metrics of every complete checkpoint by step; none for one that cannot be read."""
-    scores = {}
-    for step in complete_steps(folder):
-        try:
-            scores[step] = read_meta(folder, step)["scores"]
-        except (OSError, ValueError, KeyError):
-            scores[step] = {}
-    return scores
+def _read_scores(folder: pathlib.Path, step: int) -> dict[str, float]:
+    try:
+        return read_meta(folder, step)["scores"]
+    except (OSError, ValueError, KeyError):
+        return {}

@@ -73,8 +73,7 @@ def nan_guard_hook(name: str, *, hold: bool) -> StepHook:
 def forget(state: TrainState, name: str) -> TrainState:
     """Returns `state` with a guard that holds no longer; the count of refused updates stays."""
     memory: NanGuardState = state.hooks[name]
-    record = memory.record.at[:2].set(0)
-    return state.replace(hooks={**state.hooks, name: memory.replace(record=record)})
+    return state.replace(hooks={**state.hooks, name: NanGuardState(memory.record.at[:2].set(0))})
 
 
 def leaf_names(state: TrainState) -> list[str]:
