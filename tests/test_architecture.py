@@ -60,6 +60,8 @@ LAYERS = (
             "_record",
             "_request",
             "_run",
+            "_failures",
+            "_replay",
         ),
     ),
     Layer("L5", ("_trainer", "_lr_find")),

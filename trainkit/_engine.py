@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from trainkit._feed import Feed, SharedFeed
 from trainkit._state import TrainState, key_of
 from trainkit._step import Steps, Traits, explained_errors, with_raw_key
-from trainkit._tree import describe, signature
+from trainkit._tree import describe, differences, is_key, signature
 from trainkit._typing import Batch, PyTree
 from trainkit.data._batch import batch_size_of, check_batch, unpad
 from trainkit.data._global_batch import GlobalBatch, spec_of
@@ -97,6 +97,26 @@ class Engine:
         if state.rng is None:
             state = state.replace(rng=jax.random.split(jax.random.key(seed))[1])
         return self.strategy.lay_out(self.steps.with_hooks(state))
+
+    def updated(self, state: TrainState, fn: Callable[[TrainState], TrainState], *, by: str) -> TrainState:
+        """Returns `fn(state)` such that the step, which takes its buffers, need not compile anew.
+
+        Args:
+            state: the train state.
+            fn: changes values only.
+            by: name of who asked for it.
+
+        Raises:
+            ValueError: `fn` changed structure, shapes or dtypes.
+        """
+        new = fn(state)
+        changed = differences(signature(state), signature(new))
+        if changed:
+            raise ValueError(
+                f"{by} returned an Update that changes the structure of the state: {'; '.join(changed)}. Keep "
+                "structure, shapes and dtypes, so that the step need not compile again."
+            )
+        return self.strategy.lay_out(jax.tree.map(_own, new, state))
 
     def prepare_train(
         self, state: TrainState, source: Source, first: Batch | GlobalBatch, least_rows: int = 0
@@ -225,6 +245,12 @@ class Engine:
             run = compiled(functools.partial(step, accumulator, impl))
             self._prepared[key] = run, accumulator, self.strategy.replicate(accumulator.empty())
         return Prepared(*self._prepared[key], feed)
+
+
+def _own(new: Any, old: Any) -> Any:
+    """Returns `new` in a buffer of its own, strongly typed."""
+    strong = new if is_key(old) else jnp.asarray(new, old.dtype)
+    return jax.device_put(strong, may_alias=False)
 
 
 def _as_only_replica(fn: Callable[..., PyTree], axis: str) -> Callable[..., PyTree]:

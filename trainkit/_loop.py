@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from trainkit._agreement import agree
 from trainkit._dispatch import Dispatcher, before_checkpoints, checkpoints, guards
@@ -25,7 +24,7 @@ from trainkit._feed import Fed
 from trainkit._history import History
 from trainkit._interrupts import Interrupts
 from trainkit._record import Record
-from trainkit._request import Position, Request
+from trainkit._request import Position, Request, plan_of
 from trainkit._restoring import restore_state
 from trainkit._result import FitResult
 from trainkit._resuming import newest_of
@@ -33,13 +32,12 @@ from trainkit._saved import Saved, contents_of, load_saved
 from trainkit._state import TrainState
 from trainkit._step import with_raw_key, with_typed_key
 from trainkit._timetable import Chore, Timetable
-from trainkit._tree import differences, is_key, signature
 from trainkit._typing import Batch
 from trainkit._when import NEVER, Every
 from trainkit._windows import NO_METRICS, TrainMetrics
 from trainkit.callbacks._callback import Callback, Rollback, Save, Stop, Update
 from trainkit.callbacks._checkpoint import Checkpoint
-from trainkit.callbacks._info import Info, Plan
+from trainkit.callbacks._info import Info
 from trainkit.checkpoint._store import Contents
 from trainkit.data._batch import batch_size_of, check_batch
 from trainkit.data._global_batch import spec_of
@@ -84,7 +82,7 @@ class Loop:
         self._first_step, self._first_epoch = self._step, begun
         if resumed is not None:
             self._first_step, self._first_epoch = resumed.first_step, resumed.first_epoch
-        self._plan = self._make_plan()
+        self._plan = plan_of(request, self._step, position, self._first_step, self._first_epoch)
         self._metrics = TrainMetrics(self._prepared.accumulator, self._prepared.empty)
         self._record = Record(request.callbacks, writer, history, self._metrics)
         self._epoch_reader = self._metrics.reader("epoch")
@@ -144,19 +142,6 @@ class Loop:
             stopped_by=self.stopped_by or self._interrupts.noted,
             history=self._history,
         )
-
-    def _make_plan(self) -> Plan:
-        request, per_epoch = self._request, self._request.source.steps_per_epoch
-        last_epoch = None if request.epochs is None else self._first_epoch + request.epochs
-        steps = None if request.steps is None else self._first_step + request.steps
-        if per_epoch is not None:
-            # The pass begun first, then whole ones; a tail shorter than `accumulate` is one update.
-            left = -(-(per_epoch - self.position.batch) // request.accumulate)
-            per_epoch = -(-per_epoch // request.accumulate)
-            if last_epoch is not None:
-                to_go = last_epoch - self.position.epoch + (1 if self.position.batch else 0)
-                steps = self._step + (left + (to_go - 1) * per_epoch if to_go > 0 else 0)
-        return Plan(self._first_step, steps, last_epoch, per_epoch, tuple(request.evaluations))
 
     def _make_timetables(self) -> None:
         self._steppers = Timetable(self._dispatch.implementing("on_step"), self._step)
@@ -391,7 +376,7 @@ class Loop:
         self._step = step
         self._metrics.clear()
         self._record.take_back(load_saved(store, step), self._engine.strategy.replicate, without=callback)
-        self._plan = self._make_plan()
+        self._plan = plan_of(self._request, self._step, self.position, self._first_step, self._first_epoch)
         self._make_timetables()
         self._failures.begin(self._step, self.position)
 
@@ -434,27 +419,13 @@ class Loop:
         if isinstance(action, Stop):
             self.stopped_by = self.stopped_by or action.reason
             return
-        old = self.state
-        new = action.fn(old)
-        changed = differences(signature(old), signature(new))
-        if changed:
-            raise ValueError(
-                f"{type(callback).__name__} returned an Update that changes the structure of the state: "
-                f"{'; '.join(changed)}. Keep structure, shapes and dtypes, so that the step need not compile again."
-            )
-        # Own buffers, strong types, the layout of the state: the next step donates them and must not compile anew.
-        own = jax.tree.map(_own, new, old)
-        self._raw = with_raw_key(self._engine.strategy.lay_out(own))
+        new = self._engine.updated(self.state, action.fn, by=type(callback).__name__)
+        self._raw = with_raw_key(new)
 
 
 def _grouped(batches: Iterator[Batch], size: int) -> Iterator[tuple[Batch, ...]]:
     while group := tuple(itertools.islice(batches, size)):
         yield group
-
-
-def _own(new: Any, old: Any) -> Any:
-    strong = new if is_key(old) else jnp.asarray(new, old.dtype)
-    return jax.device_put(strong, may_alias=False)
 
 
 def direction_of(accumulator: Accumulator, name: str) -> str | None:

@@ -60,11 +60,16 @@ def _best(store: Store, steps: list[int]) -> int:
     for step in steps:
         with contextlib.suppress(OSError, ValueError):  # a damaged one, which nobody asked for
             best = store.meta(step)["best"]
-    found = None if best is None else store.best(Best(*best))
-    if found is None:
+    if best is None:
         raise ValueError(
             f"the checkpoints in {store.folder} were saved without a ranking: there is no best. Write "
             "Checkpoint(best=('eval/loss', 'min')), or name a step."
+        )
+    found = store.best(Best(*best))
+    if found is None:
+        raise ValueError(
+            f"no checkpoint has a value of {best[0]} that is a number: those in {store.folder} are of the steps "
+            f"{', '.join(map(str, steps))}. Name one of them."
         )
     return found
 

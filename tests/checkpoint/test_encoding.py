@@ -83,7 +83,9 @@ def test_large_arrays_are_not_put_into_the_json():
     assert len(json.dumps(text)) < 2000
     (stored,) = arrays.values()
     kept = large.copy()
-    assert not np.shares_memory(stored, large)  # its owner may go on to write into it while the files are written
+    assert not np.shares_memory(
+        stored, large
+    )  # its owner may go on to write into it while the files are written
     np.testing.assert_array_equal(stored, kept)
 
 

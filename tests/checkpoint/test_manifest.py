@@ -47,7 +47,10 @@ def test_one_bit(folder, offset):
 def test_truncated(folder):
     (folder / "a").write_bytes(b"ab")
     (folder / "deep/er/large").write_bytes(b"")
-    assert problems(folder) == ["a: has 2 bytes, 3 were written", f"deep/er/large: has 0 bytes, {1 << 23} were written"]
+    assert problems(folder) == [
+        "a: has 2 bytes, 3 were written",
+        f"deep/er/large: has 0 bytes, {1 << 23} were written",
+    ]
 
 
 @pytest.mark.parametrize("name", [NAME, "_CHECKPOINT_METADATA"])

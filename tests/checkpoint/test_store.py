@@ -114,7 +114,16 @@ def test_scores_of_a_checkpoint_that_is_gone_are_dropped(store):
 
 def test_what_a_killed_process_left_is_cleaned_and_nothing_else(store, tmp_path):
     save(store, 3)
-    foreign = ["notes", "2024", "7.txt", "old.removed", "mine.orbax-checkpoint-tmp", "007", "\u0663", "3.damaged"]
+    foreign = [
+        "notes",
+        "2024",
+        "7.txt",
+        "old.removed",
+        "mine.orbax-checkpoint-tmp",
+        "007",
+        "\u0663",
+        "3.damaged",
+    ]
     ours = ["5.orbax-checkpoint-tmp", "5.orbax-checkpoint-tmp-12", "1.removed"]
     for name in [*foreign, *ours]:
         (store.folder / name).mkdir()
@@ -165,7 +174,9 @@ def test_without_any_one_of_its_files_a_checkpoint_still_counts_as_a_damaged_one
 
 def test_a_save_that_cannot_be_written_names_the_newest_whole_one(store):
     save(store, 1)
-    with pytest.raises(OSError, match=r"step 2 could not be saved .*newest complete one is of step 1.*resume=True"):
+    with pytest.raises(
+        OSError, match=r"step 2 could not be saved .*newest complete one is of step 1.*resume=True"
+    ):
         store.save(2, Contents({"a": jnp.ones(2), "b": object()}, {}, {"scores": {}}, {}))
         store.wait()
     assert store.steps() == [1]

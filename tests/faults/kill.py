@@ -115,7 +115,9 @@ def _reach(process, lines, logdir, moment, rng, seconds):
         if moment == "saving":
             _pass(process, rng.uniform(0, 0.06))
     else:
-        word = {"compiling": "compile", "training": "train", "evaluating": "evaluate", "closing": "close"}[moment]
+        word = {"compiling": "compile", "training": "train", "evaluating": "evaluate", "closing": "close"}[
+            moment
+        ]
         _read_until(process, lines, word, rng.randint(1, 6) if moment == "training" else 1)
         _pass(process, rng.uniform(0, {"compiling": 0.2 * seconds, "closing": 0.1}.get(moment, 0.02)))
 
@@ -191,9 +193,7 @@ class Run:
 
     def live(self, moment=None, rng=None):
         """Lives once more; returns the life, and what was lost."""
-        life = live(
-            self.logdir, self._cache, moment, rng=rng, number=self._number, seconds=self._seconds
-        )
+        life = live(self.logdir, self._cache, moment, rng=rng, number=self._number, seconds=self._seconds)
         self._lives.append(life)
         return life, self._lost(life)
 
@@ -290,7 +290,9 @@ def campaign(kills, moments, folder, *, number=signal.SIGKILL, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="End runs at random moments, and compare what comes of them.")
+    parser = argparse.ArgumentParser(
+        description="End runs at random moments, and compare what comes of them."
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--signal", choices=["SIGKILL", "SIGTERM", "SIGINT"], default="SIGKILL")
     parser.add_argument("--seed", type=int, default=0)

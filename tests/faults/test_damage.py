@@ -133,7 +133,9 @@ def test_where_all_are_damaged_the_run_is_refused_and_nothing_touched(logdir):
     for step in (4, 6, 8):
         flip(next(path for path in files(logdir, step) if path.parent.name == "d"))
     before = {path: path.read_bytes() for path in logdir.rglob("*") if path.is_file() and path.name[0] != "."}
-    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged \(step 8: .*; step 6: .*; step 4: "):
+    with pytest.raises(
+        ValueError, match=r"every checkpoint in .* is damaged \(step 8: .*; step 6: .*; step 4: "
+    ):
         fit(make(logdir))
     after = {path: path.read_bytes() for path in logdir.rglob("*") if path.is_file() and path.name[0] != "."}
     assert after == before

@@ -101,7 +101,8 @@ class NanGuard(Callback):
         return self._settle() if self._action == "skip" else self.look(info)
 
     def on_save(self, info: Info) -> Action:
-        return self.look(info)
+        # A save must not change the log, so what is skipped is told at its cadence only.
+        return self._settle() if self._action == "skip" else self.look(info)
 
     def on_fit_end(self, info: Info) -> Action:
         return self.look(info)

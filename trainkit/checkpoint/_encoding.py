@@ -39,7 +39,8 @@ def encode(value: Any, arrays: dict[str, jax.Array | np.ndarray], where: str) ->
         items = [encode(item, arrays, f"{where}[{index}]") for index, item in enumerate(value)]
         return items if isinstance(value, list) else {_TAG: "tuple", "items": items}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: encode(item, arrays, f"{where}/{key}") for key, item in value.items()}
+        items = {key: encode(item, arrays, f"{where}/{key}") for key, item in value.items()}
+        return {_TAG: "dict", "items": items} if _TAG in value else items
     raise TypeError(
         f"{where} is of type {type(value).__name__}; a checkpoint holds numbers, strings, None, NumPy and JAX "
         "arrays, and lists, tuples and dicts (with str keys) of them. Convert it in state_dict()."
@@ -55,6 +56,8 @@ def decode(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     kind = value.get(_TAG)
     if kind is None:
         return {key: decode(item, arrays) for key, item in value.items()}
+    if kind == "dict":
+        return {key: decode(item, arrays) for key, item in value["items"].items()}
     if kind == "tuple":
         return tuple(decode(item, arrays) for item in value["items"])
     if kind == "array":

@@ -33,6 +33,8 @@ def problems(folder: pathlib.Path) -> list[str]:
     try:
         for name in (_CHANGES, NAME):
             entries = json.loads((folder / name).read_bytes())
+            if not isinstance(entries, dict):
+                raise ValueError("it is no list of files")
     except (OSError, ValueError) as error:
         return [f"{name}: cannot be read ({error})"]
     # Checksums are computed without Python's lock: files are read side by side.

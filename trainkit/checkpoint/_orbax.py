@@ -1,5 +1,6 @@
 """Orbax, as the checkpoints use it. Owns the calls; not what is saved, nor when. Imported at the first use."""
 
+import concurrent.futures
 import contextlib
 import json
 import pathlib
@@ -58,7 +59,10 @@ class AsyncWriter:
 
     def wait(self) -> None:
         """Returns when all is written; raises what went wrong."""
-        self._checkpointer.wait_until_finished()
+        # Not from this thread: Python takes a thread for ended when a Ctrl-C breaks off the wait for it, and what
+        # it was writing would be lost. A Ctrl-C is raised here when all is written.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(self._checkpointer.wait_until_finished).result()
 
     def close(self) -> None:
         """Gives up the threads."""

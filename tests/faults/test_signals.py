@@ -1,0 +1,194 @@
+"""SIGTERM and Ctrl-C at every phase of a fit: it saves and ends, and the next run does the rest."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import optax
+import pytest
+
+import trainkit.checkpoint._orbax
+from tests.faults.kill import ROOT, campaign
+from tests.faults.small import STEPS, check_whole, fit, make, steps
+from tests.weight import Weight, WeightTrainer, numbers
+from trainkit.callbacks import Callback, Lambda
+
+
+def send(name, times):
+    fit = signal.getsignal(signal.Signals[name]).__self__
+    for _ in range(times):
+        os.kill(os.getpid(), signal.Signals[name])
+        # Two signals that nobody has looked at are one.
+        while fit.noted is None:
+            time.sleep(0.001)
+
+
+class Remembers(Callback):
+    """Sends when it is asked what it remembers for the third time, which is part of saving step 6."""
+
+    def __init__(self, act):
+        self._act, self._left = act, 3
+
+    def state_dict(self):
+        self._left -= 1
+        if not self._left:
+            self._act()
+        return {}
+
+
+def at(hook, step, act):
+    return Lambda(**{hook: lambda info: act() if info.step == step else None})
+
+
+# Phase, the callback that sends, and the step at which the fit ends.
+PHASES = {
+    "begin": (lambda act: Lambda(on_fit_start=lambda info: act()), 1),
+    "training": (lambda act: at("on_step", 7, act), 7),
+    "evaluation": (lambda act: at("on_eval_start", 5, act), 5),
+    "after an evaluation": (lambda act: at("on_eval_end", 5, act), 5),
+    "saving": (Remembers, 7),  # looked at after the next step
+    "end of a pass": (lambda act: Lambda(on_epoch_end=lambda info: act()), STEPS),
+    "end of the fit": (lambda act: Lambda(on_fit_end=lambda info: act()), STEPS),
+    "closing": (lambda act: Lambda(close=act), STEPS),
+}
+
+
+@pytest.fixture
+def handlers():
+    """Fails where a fit leaves other handlers behind than it found."""
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_ends_the_fit(tmp_path, handlers, phase, name):
+    sender, step = PHASES[phase]
+    result = fit(make(tmp_path, sender(lambda: send(name, 1))))
+    assert (result.step, result.stopped_by) == (step, name)
+    assert steps(tmp_path)[-1] == step
+    check_whole(tmp_path, fit(make(tmp_path, Lambda(), Remembers(lambda: None))))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_second_ctrl_c_ends_the_fit_at_once_and_loses_nothing_saved(tmp_path, handlers, phase):
+    sender, step = PHASES[phase]
+    closed = []
+    made = make(tmp_path, Lambda(close=lambda: closed.append(True)), sender(lambda: send("SIGINT", 2)))
+    with pytest.raises(KeyboardInterrupt):
+        fit(made)
+    assert closed == [True]
+    folder = tmp_path / "checkpoints"
+    saved = steps(tmp_path) if folder.exists() else []
+    last = {"saving": 4, "end of the fit": STEPS, "closing": STEPS}.get(phase, step - 1)
+    assert saved == list(range(2, last + 1, 2))[-3:]
+    check_whole(tmp_path, fit(make(tmp_path, Lambda(), Lambda(), Remembers(lambda: None))))
+
+
+class SendsWhereTraced(WeightTrainer):
+    """Sends the process a signal while its training step is traced, once."""
+
+    act = None
+
+    def loss(self, model, batch, ctx):
+        if ctx.train and self.act is not None:
+            act, self.act = self.act, None
+            act()
+        return super().loss(model, batch, ctx)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_while_the_step_is_compiled(tmp_path, handlers, times):
+    trained = SendsWhereTraced(Weight(), optax.sgd(1.0), callbacks=make(None)._callbacks, logdir=tmp_path)
+    trained.init(np.zeros(4, np.float32))
+    trained.act = lambda: send("SIGINT", times)
+    if times == 1:
+        assert (fit(trained).stopped_by, steps(tmp_path)) == ("SIGINT", [1])
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            fit(trained)
+    check_whole(tmp_path, fit(make(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_between_two_batches_of_an_evaluation(tmp_path, handlers, name):
+    def evaluation():
+        yield numbers(7)[0]
+        if made:
+            send(name, 1)
+        yield numbers(7)[0]
+
+    made = make(tmp_path)
+    fitted = made.fit(numbers(*range(1, STEPS + 1)), epochs=1, eval_data=evaluation, resume=True)
+    assert (fitted.step, fitted.stopped_by) == (STEPS, name)
+    assert "eval/loss" not in fitted.history
+    made = None
+    result = make(tmp_path).fit(numbers(*range(1, STEPS + 1)), epochs=1, eval_data=evaluation, resume=True)
+    assert (result.step, result.stopped_by, result.history["eval/loss"]) == (STEPS, None, [(STEPS, 7.0)])
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("step", [6, STEPS])
+def test_ctrl_c_while_a_checkpoint_is_written_in_the_background(tmp_path, handlers, monkeypatch, times, step):
+    listed = trainkit.checkpoint._orbax.write_manifest
+
+    def write_manifest(folder):
+        if folder.name.startswith(f"{step}."):
+            send("SIGINT", times)
+        listed(folder)
+
+    monkeypatch.setattr(trainkit.checkpoint._orbax, "write_manifest", write_manifest)
+    if times == 2:
+        with pytest.raises(KeyboardInterrupt):
+            fit(make(tmp_path))
+    else:
+        assert fit(make(tmp_path)).stopped_by == "SIGINT"
+    # What was begun to be written is written all the same.
+    assert step in steps(tmp_path)
+    check_whole(tmp_path, fit(make(tmp_path)))
+
+
+SIGNALLED = """
+import sys
+from tests.faults.small import fit, make
+from trainkit.callbacks import Lambda
+
+def wait(info):
+    if info.step == 7:
+        print("ready", flush=True)
+        sys.stdin.readline()
+
+result = fit(make(sys.argv[1], Lambda(on_step=wait)))
+print(result.stopped_by, result.step)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_from_another_process(tmp_path, name):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED, tmp_path],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    process.send_signal(signal.Signals[name])
+    stdout, stderr = process.communicate("\n", timeout=120)
+    assert (process.returncode, stdout) == (0, f"{name} 7\n"), stderr
+    assert steps(tmp_path)[-1] == 7
+    check_whole(tmp_path, fit(make(tmp_path, Lambda())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_at_random_moments_lose_nothing(tmp_path, number):
+    moments = ("compiling", "training", "saving", "evaluating", "closing", "anywhere")
+    table = campaign(18, moments, tmp_path, number=number)
+    assert not table.lost
+    assert table.recovered.total() == 18
