@@ -72,7 +72,8 @@ class Record:
             without: a callback that keeps what it remembers.
         """
         self._writer.rewind(saved.step, saved.written)
-        self._ledger.rewind(saved.step)
+        # The names at that step too: all that stood there when it was saved is noted anew.
+        self._ledger.rewind(saved.step - 1)
         if saved.written:
             self._ledger.note("the run before it was resumed", saved.step, saved.written)
         self._history.load_state_dict(saved.history)

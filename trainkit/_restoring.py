@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from trainkit._engine import Engine
 from trainkit._state import TrainState
 from trainkit._tree import differences, is_key, named_leaves, path_name, signature
+from trainkit._typing import PyTree
 from trainkit.checkpoint._store import Store
 from trainkit.checkpoint._tree import nested
 
@@ -47,6 +48,12 @@ def arrays_of(state: TrainState) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     return {name: leaf for name, leaf in named if leaf.size}, spec
 
 
+def is_plain(variables: PyTree) -> bool:
+    """Says whether `variables` are nested dicts, which path names tell all of."""
+    keys = (key for path, _ in jax.tree_util.tree_leaves_with_path(variables) for key in path)
+    return all(isinstance(key, jax.tree_util.DictKey) and "/" not in str(key.key) for key in keys)
+
+
 def restore_state(engine: Engine, store: Store, step: int, current: TrainState) -> TrainState:
     """Returns the train state of a checkpoint, on the devices.
 
@@ -71,17 +78,25 @@ def restore_state(engine: Engine, store: Store, step: int, current: TrainState) 
 def restore_built(engine: Engine, store: Store, step: int) -> TrainState:
     """Returns the train state of a checkpoint for a trainer that has none yet; raises as `restore_state`."""
     saved = _spec_of(store, step)
+    if not store.meta(step)["plain"]:
+        raise ValueError(
+            f"the variables in {store.folder / str(step)} are not plain dicts (partitioned parameters, for one), so "
+            "their structure is that of a state: call trainer.init(batch) first."
+        )
     template = _built(engine, saved)
     _refuse(differences(_signature(saved), signature(template)), store, step)
     return _load(engine, store, step, template)
 
 
 def restore_partly(
-    store: Store, step: int, current: TrainState, only: Sequence[str] | None
+    engine: Engine, store: Store, step: int, current: TrainState, only: Sequence[str] | None
 ) -> tuple[TrainState, Restored]:
     """Returns `current` with what fits of the model in a checkpoint: parameters and mutable collections.
 
+    At step 0 the memory of hooks begins afresh from what was taken.
+
     Args:
+        engine: of the trainer.
         store: the checkpoints.
         step: which one.
         current: the trainer's state.
@@ -103,12 +118,15 @@ def restore_partly(
         elif leaf.size:
             names.append(name)
     leaves = dict(named_leaves(current))
-    arrays = store.load_state(step, {name: _with_sharding(leaves[name]) for name in names})
-    state = jax.tree_util.tree_map_with_path(lambda path, leaf: arrays.get(path_name(path), leaf), current)
     if not names:
         raise ValueError(
             f"nothing of the checkpoint in {store.folder / str(step)} fits this model: {_lines(left)}"
         )
+    arrays = store.load_state(step, {name: _with_sharding(leaves[name]) for name in names})
+    state = jax.tree_util.tree_map_with_path(lambda path, leaf: arrays.get(path_name(path), leaf), current)
+    if not int(state.step):
+        # An average of fresh weights would outweigh those taken for a long time.
+        state = engine.steps.with_hooks(state.replace(hooks={}))
     if left:
         _LOG.warning("restored in part; left as they were: %s", _lines(left))
     return state, Restored(str(store.folder / str(step)), step, tuple(names), tuple(left))
@@ -122,7 +140,7 @@ def _template(
         return current
     # Some models settle the shapes of their collections at the first step: the saved shapes are right where
     # the parameters are the same and a state made of the saved variables has what was saved.
-    built = _built(engine, saved)
+    built = _built(engine, saved) if store.meta(step)["plain"] else current
     same_params = not differences(_signature(_part(saved, "params")), signature({"params": current.params}))
     if same_params and type(current) is TrainState and not differences(_signature(saved), signature(built)):
         return built
@@ -172,7 +190,7 @@ def _key_impl(dtype: Any) -> str:
 
 
 def _with_sharding(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
 def _load(engine: Engine, store: Store, step: int, template: TrainState) -> TrainState:

@@ -51,6 +51,8 @@ class Run:
         """
         if not stores or not self._catching_up:
             return None
+        for store in stores:
+            store.clean()  # first of all: what a full disk broke off may take the room that the logs need
         newest = newest_of(stores)
         if newest is None:
             # Killed before its first checkpoint, a run leaves logs all the same.
@@ -82,7 +84,7 @@ def restore(
         if current is None:
             raise RuntimeError("partial= fills in a state there is: call trainer.init(batch) first.")
         only = None if partial is True else (partial,) if isinstance(partial, str) else tuple(partial)
-        return restore_partly(store, number, current, only)
+        return restore_partly(engine, store, number, current, only)
     if current is None:
         state = restore_built(engine, store, number)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainkit._restoring import arrays_of
+from trainkit._restoring import arrays_of, is_plain
 from trainkit._state import TrainState
 from trainkit._version import __version__
 from trainkit.checkpoint._encoding import decode, encode
@@ -73,6 +73,7 @@ def contents_of(state: TrainState, saved: Saved, labels: Mapping[str, Any]) -> C
         "time": time.time(),
         "versions": {"trainkit": __version__, "jax": jax.__version__},
         "arrays": spec,
+        "plain": is_plain(state.variables),
         **labels,
     }
     return Contents(arrays, extra, meta, host)

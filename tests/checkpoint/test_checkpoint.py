@@ -5,10 +5,12 @@ import logging
 import math
 
 import numpy as np
+import optax
 import pytest
+from flax import linen as nn
 
 import trainkit as tk
-from tests.checkpoint._runs import TEN, Script, dies_at, saving, sigterm_at, steps_in
+from tests.checkpoint._runs import TEN, Script, dies_at, flip, largest_file, saving, sigterm_at, steps_in
 from tests.weight import numbers, trainer, weight
 from trainkit.callbacks import Checkpoint, EarlyStopping, Lambda
 
@@ -99,7 +101,9 @@ def test_save_is_asked_of_every_checkpoint(tmp_path):
 
 def test_a_fit_that_would_mix_with_another_run_is_refused(tmp_path):
     saving(tmp_path, every=tk.Every(steps=5)).fit(TEN, epochs=1)
-    message = r"has checkpoints of the steps 5, 10, and this fit begins at step 0\. .*resume=True.*another logdir"
+    message = (
+        r"has checkpoints of the steps 5, 10, and this fit begins at step 0\. .*resume=True.*another logdir"
+    )
     with pytest.raises(ValueError, match=message):
         saving(tmp_path).fit(TEN, epochs=1)
     assert steps_in(tmp_path / "checkpoints") == [5, 10]
@@ -113,7 +117,10 @@ def test_two_fits_go_on(tmp_path):
 
 
 def test_one_callback_for_two_trainers(tmp_path):
-    keeper, script = Checkpoint(tk.Never(), best=("eval/loss", "min"), keep=1), Script({2: 1.0, 3: 5.0, 1: 8.0})
+    keeper, script = (
+        Checkpoint(tk.Never(), best=("eval/loss", "min"), keep=1),
+        Script({2: 1.0, 3: 5.0, 1: 8.0}),
+    )
     trainer(keeper, script, logdir=tmp_path / "a").fit(TEN, steps=3, eval_data=script.data, eval_every=EACH)
     assert steps_in(tmp_path / "a" / "checkpoints") == [2, 3]
     script.losses = {1: 9.0, 2: 7.0, 3: 8.0}  # worse than the best of the other run, each of them
@@ -174,7 +181,9 @@ def test_a_run_whose_metric_is_never_a_number_has_no_best(tmp_path):
 
 def test_without_a_ranking_there_is_no_best(tmp_path):
     saving(tmp_path).fit(TEN, epochs=1)
-    with pytest.raises(ValueError, match=r"saved without a ranking.*Checkpoint\(best=\('eval/loss', 'min'\)\)"):
+    with pytest.raises(
+        ValueError, match=r"saved without a ranking.*Checkpoint\(best=\('eval/loss', 'min'\)\)"
+    ):
         trainer().restore(tmp_path, step="best")
 
 
@@ -202,7 +211,9 @@ def test_what_was_best_before_a_resume_is_remembered(tmp_path):
 def test_a_name_that_is_not_measured_is_told_at_the_first_evaluation(tmp_path):
     script = Script(RANKED)
     made = saving(tmp_path, script, best=("eval/lost", "min"))
-    with pytest.raises(ValueError, match=r"best=\('eval/lost', \.\.\.\)\): there is no such metric.*eval/loss"):
+    with pytest.raises(
+        ValueError, match=r"best=\('eval/lost', \.\.\.\)\): there is no such metric.*eval/loss"
+    ):
         made.fit(TEN, epochs=1, eval_data=script.data, eval_every=TWO)
 
 
@@ -238,12 +249,17 @@ def test_two_fits_of_which_the_second_died_before_it_saved(tmp_path):
         program(dies_at(16))
     result = program()
     assert (result.step, weight(result.state)) == (18, -75)
-    assert [step for step, _ in result.history["train/loss"]] == sorted({s for s, _ in result.history["train/loss"]})
+    assert [step for step, _ in result.history["train/loss"]] == sorted(
+        {s for s, _ in result.history["train/loss"]}
+    )
 
 
 def test_a_second_checkpoint_folder_may_hold_the_newer_ones(tmp_path):
     def program(*callbacks):
-        keepers = [Checkpoint(tk.Every(steps=4), folder=tmp_path / "a"), Checkpoint(TWO, folder=tmp_path / "b")]
+        keepers = [
+            Checkpoint(tk.Every(steps=4), folder=tmp_path / "a"),
+            Checkpoint(TWO, folder=tmp_path / "b"),
+        ]
         return trainer(*keepers, *callbacks, logdir=tmp_path).fit(TEN, epochs=1, resume=True)
 
     with pytest.raises(ConnectionError):
@@ -257,9 +273,6 @@ def test_a_second_checkpoint_folder_may_hold_the_newer_ones(tmp_path):
 
 
 def test_a_small_last_batch_is_padded_alike_by_the_run_that_goes_on(tmp_path):
-    import optax
-    from flax import linen as nn
-
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x, train):
@@ -270,7 +283,10 @@ def test_a_small_last_batch_is_padded_alike_by_the_run_that_goes_on(tmp_path):
             return optax.l2_loss(model(batch["x"], ctx.train), batch["y"]).mean(-1), {}
 
     rng = np.random.default_rng(0)
-    data = {"x": rng.normal(size=(20, 3)).astype(np.float32), "y": rng.normal(size=(20, 1)).astype(np.float32)}
+    data = {
+        "x": rng.normal(size=(20, 3)).astype(np.float32),
+        "y": rng.normal(size=(20, 1)).astype(np.float32),
+    }
 
     def run(logdir, *callbacks):
         made = Regression(Net(), optax.adam(0.01), callbacks=[Checkpoint(), *callbacks], logdir=logdir)
@@ -316,8 +332,6 @@ def test_metadata_and_versions_are_kept(tmp_path):
 
 
 def test_a_damaged_newest_is_set_aside_and_the_one_before_it_taken(tmp_path, caplog):
-    from tests.checkpoint._runs import flip, largest_file
-
     with pytest.raises(ConnectionError):
         saving(tmp_path, dies_at(7), every=TWO).fit(TEN, epochs=1, resume=True)
     flip(largest_file(tmp_path / "checkpoints" / "6"))
@@ -332,11 +346,11 @@ def test_a_damaged_newest_is_set_aside_and_the_one_before_it_taken(tmp_path, cap
 
 
 def test_where_all_are_damaged_nothing_is_begun_afresh(tmp_path):
-    from tests.checkpoint._runs import flip, largest_file
-
     saving(tmp_path, every=tk.Every(steps=5)).fit(TEN, epochs=1)
     for step in (5, 10):
         flip(largest_file(tmp_path / "checkpoints" / str(step)))
-    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged \(step 10: .*; step 5: .*start afresh"):
+    with pytest.raises(
+        ValueError, match=r"every checkpoint in .* is damaged \(step 10: .*; step 5: .*start afresh"
+    ):
         saving(tmp_path).fit(TEN, epochs=1, resume=True)
     assert steps_in(tmp_path / "checkpoints") == [5, 10]

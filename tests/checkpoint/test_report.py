@@ -6,6 +6,7 @@ import pytest
 
 import trainkit as tk
 from tests.checkpoint._runs import TEN, Script, flip, largest_file, saving
+from tests.weight import trainer
 
 
 @pytest.fixture
@@ -58,13 +59,13 @@ def test_one_whose_description_cannot_be_read_is_listed_all_the_same(logdir):
 
 def test_without_a_folder_and_without_checkpoints(tmp_path):
     for look in (tk.checkpoint.list, tk.checkpoint.verify):
-        with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent'; give the logdir of a run"):
+        with pytest.raises(
+            FileNotFoundError, match=r"there is no folder .*absent'; give the logdir of a run"
+        ):
             look(tmp_path / "absent")
         assert look(tmp_path) == []
 
 
 def test_what_is_listed_can_be_restored(logdir):
-    from tests.weight import trainer
-
     for info in tk.checkpoint.list(logdir):
         assert trainer().restore(info.path).step == info.step

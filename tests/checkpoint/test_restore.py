@@ -1,5 +1,8 @@
 """`Trainer.restore`, and checkpoints of models that changed: what is taken, what is refused, what is told."""
 
+import functools
+import shutil
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -56,7 +59,7 @@ def test_a_logdir_its_folder_of_checkpoints_or_one_of_them(run, where, kind):
 
 
 def test_by_step_and_by_name(run):
-    logdir, made = run
+    logdir, _ = run
     scores = {info.step: info.scores for info in tk.checkpoint.list(logdir)}
     assert {step for step, known in scores.items() if known} == {4, 8}
     best = min((4, 8), key=lambda step: scores[step]["eval/loss"])
@@ -91,11 +94,11 @@ def test_a_folder_without_checkpoints(tmp_path, there):
 
 
 def test_damaged_ones_are_refused_by_step_and_passed_over_by_latest(run, tmp_path, caplog):
-    import shutil
-
     shutil.copytree(run[0] / "checkpoints", tmp_path / "checkpoints")
     flip(largest_file(tmp_path / "checkpoints" / "9"))
-    with pytest.raises(ValueError, match=r"the checkpoint of step 9 in .* is damaged: state/.*checksum differs"):
+    with pytest.raises(
+        ValueError, match=r"the checkpoint of step 9 in .* is damaged: state/.*checksum differs"
+    ):
         classifier().restore(tmp_path, step=9)
     fresh = classifier()
     assert fresh.restore(tmp_path).step == 8
@@ -141,7 +144,8 @@ def test_a_held_state_survives_the_fit_after_a_restore(run):
     held = fresh.state
     before = plain(held)
     fresh.fit(data(), steps=1)
-    assert_equal(held, before)
+    for name, leaf in plain(held).items():
+        np.testing.assert_array_equal(leaf, before[name], err_msg=name)
 
 
 # Another model ----------------------------------------------------------------------------------------------
@@ -161,7 +165,6 @@ CHANGES = {
         [
             "params/Dense_1/kernel: float32[16, 4] -> absent",
             "params/head/kernel: absent -> float32[16, 6]",
-            "opt_state/0/mu/head/bias: absent -> float32[6]",
         ],
     ),
     "shape": ({"model": Net(norm=False)}, ["batch_stats/BatchNorm_0/mean: float32[16] -> absent"]),
@@ -183,16 +186,15 @@ CHANGES = {
 def test_what_changed_is_refused_with_paths_shapes_and_dtypes(run, tmp_path, change, how):
     options, lines = CHANGES[change]
     changed = classifier(run[0] if how == "resume" else None, **options)
-    with pytest.raises(ValueError, match="of another model, optimizer or set of callbacks") as caught:
-        if how == "resume":
-            changed.fit(data(), steps=20, resume=True)
-        else:
-            changed.init(arrays(16))
-            changed.restore(run[0])
+    if how == "resume":
+        go_on = functools.partial(changed.fit, data(), steps=20, resume=True)
+    else:
+        changed.init(arrays(16))
+        go_on = functools.partial(changed.restore, run[0])
+    with pytest.raises(ValueError, match=r"of another model.*load what fits with trainer.restore\(") as caught:
+        go_on()
     for line in lines:
-        assert line in str(caught.value) or "and" in str(caught.value).rsplit(";", 1)[-1]
-    assert any(line in str(caught.value) for line in lines)
-    assert "partial=True" in str(caught.value)
+        assert line in str(caught.value)
     assert len(tk.checkpoint.list(run[0])) == 5  # nothing was lost
 
 
@@ -219,7 +221,10 @@ def test_in_part_what_fits_is_taken_and_the_rest_told(run, caplog):
         "params/Dense_0/bias",
         "params/Dense_0/kernel",
     ]
-    assert restored.left == ("params/head/bias: not in the checkpoint", "params/head/kernel: not in the checkpoint")
+    assert restored.left == (
+        "params/head/bias: not in the checkpoint",
+        "params/head/kernel: not in the checkpoint",
+    )
     assert "restored in part; left as they were: params/head/bias: not in the checkpoint" in caplog.text
     now, saved = plain(tuned.state), plain(made.state)
     for name, leaf in now.items():
@@ -242,7 +247,9 @@ def test_in_part_a_fresh_average_begins_at_what_was_taken(run):
     assert_same(EMA.view(state).batch_stats, state.batch_stats)
 
 
-@pytest.mark.parametrize("only", [("params/Dense_0",), ["params/Dense_0/kernel", "params/Dense_0/bias"], "params/Dense_0"])
+@pytest.mark.parametrize(
+    "only", [("params/Dense_0",), ["params/Dense_0/kernel", "params/Dense_0/bias"], "params/Dense_0"]
+)
 def test_in_part_by_prefixes(run, only):
     logdir, made = run
     tuned = classifier(seed=9)
@@ -264,7 +271,7 @@ def test_in_part_other_shapes_and_dtypes_are_left(run):
 
     tuned = classifier(model=Other(), callbacks=[])
     tuned.init(arrays(16))
-    with pytest.raises(ValueError, match="nothing of the checkpoint in .* fits this model") as caught:
+    with pytest.raises(ValueError, match=r"nothing of the checkpoint in .* fits this model") as caught:
         tuned.restore(run[0], partial=True)
     assert "params/Dense_0/kernel: saved as float32[8, 16], here bfloat16[8, 16]" in str(caught.value)
     assert "params/Dense_1/bias: saved as float32[4], here float32[5]" in str(caught.value)
@@ -288,7 +295,7 @@ def test_in_part_needs_a_state_and_something_asked_for(run):
     tuned = classifier()
     tuned.init(arrays(16))
     for only in ((), ("params/Dense",), ("params/typo", "opt_state")):
-        with pytest.raises(ValueError, match="nothing of the checkpoint in .* fits this model"):
+        with pytest.raises(ValueError, match=r"nothing of the checkpoint in .* fits this model"):
             tuned.restore(run[0], partial=only)
 
 
@@ -398,7 +405,8 @@ def test_boxes_of_partitioned_parameters(tmp_path):
 
     resumed, whole, restored = broken_and_whole(make, [ROWS], tmp_path)
     assert isinstance(resumed.params["Dense_0"]["kernel"], nn.Partitioned)
-    assert jax.tree.structure(resumed) == jax.tree.structure(whole)
+    for part in ("params", "opt_state"):
+        assert jax.tree.structure(getattr(resumed, part)) == jax.tree.structure(getattr(whole, part))
     assert_equal(resumed, whole)
     assert_equal(restored, whole)
     with pytest.raises(ValueError, match=r"not plain dicts.*call trainer.init\(batch\)"):
@@ -456,6 +464,7 @@ def test_a_frozen_dict_and_an_optimizer_of_named_tuples(tmp_path):
         return made
 
     resumed, whole, restored = broken_and_whole(make, [ROWS], tmp_path)
-    assert jax.tree.structure(resumed) == jax.tree.structure(whole)
+    for part in ("params", "opt_state"):
+        assert jax.tree.structure(getattr(resumed, part)) == jax.tree.structure(getattr(whole, part))
     assert_equal(resumed, whole)
     assert_equal(restored, whole)

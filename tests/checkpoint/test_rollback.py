@@ -28,7 +28,9 @@ def made(logdir, *callbacks, keepers=None, guard=EACH):
 
 def logged(logdir):
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["scalars"]["train/loss"]) for line in lines if "train/loss" in line["scalars"]]
+    return [
+        (line["step"], line["scalars"]["train/loss"]) for line in lines if "train/loss" in line["scalars"]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,11 @@ def test_by_steps_others_take_their_place(tmp_path):
 
 
 def test_without_a_checkpoint_to_go_back_to(tmp_path):
-    with pytest.raises(RuntimeError, match=r"step 5 is not finite.*no checkpoint to go back to: add tk.callbacks"):
+    with pytest.raises(
+        RuntimeError, match=r"step 5 is not finite.*no checkpoint to go back to: add tk.callbacks"
+    ):
         made(tmp_path, keepers=[]).fit(BAD, epochs=1)
-    with pytest.raises(RuntimeError, match=r"step 5 is not finite.*no checkpoint was saved yet.*save earlier"):
+    with pytest.raises(
+        RuntimeError, match=r"step 5 is not finite.*no checkpoint was saved yet.*save earlier"
+    ):
         made(tmp_path, keepers=[Checkpoint(tk.Every(steps=8))]).fit(BAD, epochs=1)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.kill import ROOT
 
-# A callback whose memory does not fit at the third save: `host` where it is NumPy's, tensors where it is JAX's.
+# A callback whose memory does not fit at the third save: as text, or as an array.
 HEAVY = """
 import os, pathlib, resource, sys
 import jax
@@ -25,7 +25,7 @@ class Heavy(tk.callbacks.Callback):
         self._saves += 1
         size = self._bytes if self._saves == 3 else 1
         noise = np.random.default_rng(0).integers(0, 256, size, np.uint8)
-        return {"noise": jax.numpy.asarray(noise) if self._kind == "jax" else noise}
+        return {"noise": noise.tolist() if self._kind == "text" else jax.numpy.asarray(noise)}
 
 def full(logdir, kind, bytes):
     closed = []
@@ -41,7 +41,7 @@ def full(logdir, kind, bytes):
 def go_on(logdir):
     begun = []
     told = tk.callbacks.Lambda(on_fit_start=lambda info: begun.append(info.step))
-    result = fit(make(logdir, Heavy("numpy", 1), told))
+    result = fit(make(logdir, Heavy("text", 1), told))
     assert begun == [4]
     check_whole(logdir, result)
     print("whole")
@@ -51,7 +51,7 @@ logdir = pathlib.Path(sys.argv[1])
 
 LIMITED = """
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-for kind in ("numpy", "jax"):
+for kind in ("text", "array"):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     full(logdir / kind, kind, 200_000)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -59,7 +59,7 @@ for kind in ("numpy", "jax"):
 """
 
 FULL = """
-for kind in ("numpy", "jax"):
+for kind in ("text", "array"):
     full(logdir / kind, kind, 3_000_000)
     go_on(logdir / kind)
 """

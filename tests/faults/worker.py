@@ -83,12 +83,12 @@ def make_trainer(logdir, *extra, every=2):
     return Trainer(Net(), optax.adam(1e-2), callbacks=callbacks, logdir=logdir)
 
 
-def fit(trainer):
-    """Trains to the end, or from wherever an earlier process came to."""
+def fit(trainer, epochs=EPOCHS):
+    """Trains to the end, from wherever an earlier process came to."""
     data = tk.data.Arrays(arrays(STEPS_PER_EPOCH * 8 + 3, 0), 8, shuffle=True, seed=3)
     return trainer.fit(
         data,
-        epochs=EPOCHS,
+        epochs=epochs,
         eval_data=tk.data.Arrays(arrays(16, 1), 8),
         eval_every=tk.Every(steps=5),
         resume=True,

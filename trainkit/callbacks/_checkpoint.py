@@ -40,7 +40,8 @@ class Checkpoint(Callback):
         ValueError: `keep` or `best` can't be; at the start of a fit, when there is no folder, or when it has
             checkpoints of later steps than the fit begins from, which saving would mix with those of another run;
             at the first evaluation, when the metric of `best` is not in it.
-        OSError: a checkpoint could not be written. Those before it are whole.
+        OSError: a checkpoint could not be written, those before it are whole; at the start of a fit, when the folder
+            cannot be made or written to.
 
     Example:
         >>> checkpoint = Checkpoint(Every(steps=1000), keep=3, best=("eval/loss", "min"))
@@ -86,6 +87,7 @@ class Checkpoint(Callback):
         if info.step == 0:
             self._scores, self._best_value = (-1, {}), None
         self._store = Store(self.folder(info.logdir))
+        self._store.prepare()
         self._store.clean()
         later = [step for step in self._store.steps() if step > info.step]
         if later:

@@ -96,6 +96,9 @@ class LearningRate(Callback):
         self._write_pending()
         return {}
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._pending = None
+
     def _write_pending(self) -> None:
         if self._pending is None:
             return

@@ -73,7 +73,7 @@ class LogMetrics(Callback):
         return {"last_step": self._last_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._last_step = state["last_step"]
+        self._last_step, self._pending = state["last_step"], None
 
     def _take(self, info: Info) -> None:
         self._pending = info.step, info.epoch, info.metrics

@@ -91,11 +91,13 @@ class NanGuard(Callback):
 
     def on_step(self, info: Info) -> Action:
         action = self._settle()
+        if action is not None:
+            return action  # this step is undone as well
         # Copied, because the next step takes the buffers of the state.
         record = jnp.copy(self._record(info.state))
         record.copy_to_host_async()
         self._pending = info.step, record
-        return action
+        return None
 
     def on_eval_start(self, info: Info) -> Action:
         return self._settle() if self._action == "skip" else self.look(info)

@@ -7,12 +7,14 @@ checkpoint means is its maker's affair. Layout: `<folder>/<step>/` with Orbax's 
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
 import pathlib
 import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -65,7 +67,7 @@ class Store:
     Of several processes all make one and call `save`, `load` and `wait` alike; the first alone removes.
 
     Args:
-        folder: where they are; made by the first save.
+        folder: where they are; made where something is saved.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -159,6 +161,24 @@ class Store:
         for step in sorted(scores.keys() - kept_steps(scores, keep, best)):
             self._remove(self.folder / str(step))
 
+    def prepare(self) -> None:
+        """Makes the folder where it is missing, before anything is trained that could not be saved there.
+
+        Raises:
+            OSError: it cannot be made or written to.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Permission bits do not tell: root ignores them, read-only disks have them. A real file does.
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"checkpoints need a folder that can be created and written to ({error.strerror}); give another",
+                str(self.folder),
+            ) from error
+
     def clean(self) -> None:
         """Removes what a killed process left half done."""
         if self._first and self.folder.is_dir():
@@ -233,7 +253,7 @@ class Store:
             whole = [known for known in self.steps() if known != step]
             newest = f"The newest complete one is of step {whole[-1]}." if whole else "There is no older one."
             raise OSError(
-                getattr(error, "errno", None) or 0,
+                getattr(error, "errno", None) or errno.EIO,
                 f"the checkpoint of step {step} could not be saved ({type(error).__name__}: {error}). {newest} "
                 "Make room or give another folder, then run again with resume=True",
                 str(self.folder),

@@ -1,0 +1,50 @@
+"""Two processes of which one gets a signal: both end at the same step, save, and go on as if nothing had been."""
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+
+from tests.compare import assert_same
+from tests.faults.kill import ROOT, environment
+from tests.faults.two import STOPPED
+from tests.test_resume import scalars_of
+
+
+def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = {
+        **environment(tmp_path / "cache"),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "NPROC": "4",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.two", str(index), str(port), tmp_path],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=180)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    first, second = (pickle.loads((tmp_path / f"{index}.pickle").read_bytes()) for index in range(2))
+    for name in ("whole", "broken off", "resumed"):
+        assert_same(first[name], second[name])
+    assert first["broken off"][0]["ended"][0] == STOPPED
+    assert first["broken off"][1] == "SIGTERM"
+    assert first["steps"][-1] == STOPPED
+    assert_same(first["resumed"], first["whole"])
+    assert scalars_of(tmp_path / "logs") == scalars_of(tmp_path / "whole")
