@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from trainkit._feed import Feed, SharedFeed
 from trainkit._state import TrainState, key_of
 from trainkit._step import Steps, Traits, explained_errors, with_raw_key
-from trainkit._tree import describe, differences, is_key, signature
+from trainkit._tree import copy_arrays, describe, differences, is_key, signature
 from trainkit._typing import Batch, PyTree
 from trainkit.data._batch import batch_size_of, check_batch, unpad
 from trainkit.data._global_batch import GlobalBatch, spec_of
@@ -116,7 +116,7 @@ class Engine:
                 f"{by} returned an Update that changes the structure of the state: {'; '.join(changed)}. Keep "
                 "structure, shapes and dtypes, so that the step need not compile again."
             )
-        return self.strategy.lay_out(jax.tree.map(_own, new, state))
+        return self.strategy.lay_out(copy_arrays(jax.tree.map(_strong, new, state)))
 
     def prepare_train(
         self, state: TrainState, source: Source, first: Batch | GlobalBatch, least_rows: int = 0
@@ -247,10 +247,9 @@ class Engine:
         return Prepared(*self._prepared[key], feed)
 
 
-def _own(new: Any, old: Any) -> Any:
-    """Returns `new` in a buffer of its own, strongly typed."""
-    strong = new if is_key(old) else jnp.asarray(new, old.dtype)
-    return jax.device_put(strong, may_alias=False)
+def _strong(new: Any, old: Any) -> Any:
+    """Returns `new` as an array that is strongly typed."""
+    return new if is_key(old) else jnp.asarray(new, old.dtype)
 
 
 def _as_only_replica(fn: Callable[..., PyTree], axis: str) -> Callable[..., PyTree]:

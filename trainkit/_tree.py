@@ -40,7 +40,19 @@ def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 def copy_arrays(tree: PyTree) -> PyTree:
     """Returns `tree` with every array in a buffer of its own, so that donating one leaves the other whole."""
-    return jax.device_put(tree, may_alias=False)
+    if not any(map(_is_spread, jax.tree.leaves(tree))):
+        return jax.device_put(tree, may_alias=False)
+    # What is spread over several processes device_put does not copy.
+    return jax.tree.map(
+        lambda leaf: _copy(leaf) if _is_spread(leaf) else jax.device_put(leaf, may_alias=False), tree
+    )
+
+
+def _is_spread(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+
+
+_copy = jax.jit(jnp.copy)
 
 
 def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:

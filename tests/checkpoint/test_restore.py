@@ -191,7 +191,9 @@ def test_what_changed_is_refused_with_paths_shapes_and_dtypes(run, tmp_path, cha
     else:
         changed.init(arrays(16))
         go_on = functools.partial(changed.restore, run[0])
-    with pytest.raises(ValueError, match=r"of another model.*load what fits with trainer.restore\(") as caught:
+    with pytest.raises(
+        ValueError, match=r"of another model.*load what fits with trainer.restore\("
+    ) as caught:
         go_on()
     for line in lines:
         assert line in str(caught.value)

@@ -1,88 +1,89 @@
 """A disk that is full, or a file that may not grow, during a save: what is whole stays, and it is said which."""
 
+import contextlib
+import pathlib
+import resource
 import shutil
 import subprocess
 import sys
 
-import pytest
-
-from tests.faults.kill import ROOT
-
-# A callback whose memory does not fit at the third save: as text, or as an array.
-HEAVY = """
-import os, pathlib, resource, sys
 import jax
 import numpy as np
 import pytest
-import trainkit as tk
-from tests.faults.small import check_whole, fit, make, steps
 
-class Heavy(tk.callbacks.Callback):
-    def __init__(self, kind, bytes):
-        self._kind, self._bytes, self._saves = kind, bytes, 0
+from tests.faults.kill import ROOT
+from tests.faults.small import check_whole, fit, make, steps
+from trainkit.callbacks import Callback, Lambda
+
+LIMIT = 1_000_000
+
+
+class Heavy(Callback):
+    """Remembers more at the third save than there is room for, as text or as an array."""
+
+    def __init__(self, kind, size=3 * LIMIT):
+        self._kind, self._size, self._saves = kind, size, 0
 
     def state_dict(self):
         self._saves += 1
-        size = self._bytes if self._saves == 3 else 1
-        noise = np.random.default_rng(0).integers(0, 256, size, np.uint8)
-        return {"noise": noise.tolist() if self._kind == "text" else jax.numpy.asarray(noise)}
+        size = self._size if self._saves == 3 else 1
+        if self._kind == "text":
+            return {"noise": "x" * size}
+        return {"noise": jax.numpy.asarray(np.random.default_rng(0).integers(0, 256, size, np.uint8))}
 
-def full(logdir, kind, bytes):
+
+def fail_to_save(logdir, kind):
+    """Fails unless a fit whose third save has no room says so, and leaves the two before it."""
     closed = []
-    made = make(logdir, Heavy(kind, bytes), tk.callbacks.Lambda(close=lambda: closed.append(True)))
-    with pytest.raises(
-        OSError, match="the checkpoint of step 6 could not be saved.*newest complete one is of step 4"
-    ) as caught:
+    made = make(logdir, Heavy(kind), Lambda(close=lambda: closed.append(True)))
+    told = "the checkpoint of step 6 could not be saved.*newest complete one is of step 4"
+    with pytest.raises(OSError, match=told):
         fit(made)
     assert closed == [True]
     assert steps(logdir) == [2, 4]
-    print(caught.value)
+
 
 def go_on(logdir):
+    """Fails unless a run with room goes on from there, and ends as if nothing had been."""
     begun = []
-    told = tk.callbacks.Lambda(on_fit_start=lambda info: begun.append(info.step))
-    result = fit(make(logdir, Heavy("text", 1), told))
+    result = fit(make(logdir, Heavy("text", 1), Lambda(on_fit_start=lambda info: begun.append(info.step))))
     assert begun == [4]
     check_whole(logdir, result)
-    print("whole")
-
-logdir = pathlib.Path(sys.argv[1])
-"""
-
-LIMITED = """
-limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-for kind in ("text", "array"):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    full(logdir / kind, kind, 200_000)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    go_on(logdir / kind)
-"""
-
-FULL = """
-for kind in ("text", "array"):
-    full(logdir / kind, kind, 3_000_000)
-    go_on(logdir / kind)
-"""
 
 
-def run(code, *before, logdir):
-    command = [*before, sys.executable, "-c", HEAVY + code, str(logdir)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1::2] == ["whole", "whole"]
-    return done
+@contextlib.contextmanager
+def limited():
+    """Lets no file grow beyond the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_file_that_may_not_grow(tmp_path):
-    run(LIMITED, logdir=tmp_path)
+@pytest.mark.parametrize("kind", ["text", "array"])
+def test_a_file_that_may_not_grow(tmp_path, kind):
+    with limited():
+        fail_to_save(tmp_path, kind)
+    go_on(tmp_path)
 
 
 def test_a_disk_that_fills_up(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = f"mount -t tmpfs -o size=1m tmpfs {disk}"
     # In a mount namespace of its own: it goes with the process.
-    alone = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+    mount = f'mount -t tmpfs -o size={LIMIT} tmpfs {disk} && exec "$@"'
+    alone = ["unshare", "-m", "sh", "-c", mount, "sh"]
     if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount a small disk")
-    run(FULL, *alone, logdir=disk)
+    command = [*alone, sys.executable, "-m", "tests.faults.test_disk", disk]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    for kind in ("text", "array"):
+        fail_to_save(pathlib.Path(sys.argv[1]) / kind, kind)
+        # The disk is as small as it was: what the failed save left there is no more in the way.
+        go_on(pathlib.Path(sys.argv[1]) / kind)

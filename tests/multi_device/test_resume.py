@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Callable
 
 import jax
@@ -12,12 +13,14 @@ import pytest
 
 import trainkit as tk
 from tests.digits import Net, NetTrainer, arrays
+from trainkit._tree import named_leaves
+from trainkit.checkpoint._store import Store
 from trainkit.parallel import Mesh, PerExample, Pmap
 
 # Sums over devices are taken in another order: after 16 steps this much in float32 and no more.
 CLOSE = {"rtol": 1e-4, "atol": 5e-6}
 SAVED, STEPS, EVERY = 9, 16, tk.Every(steps=4)  # 6 steps a pass: saved in the middle of the second
-RULES = [("Dense_0/kernel", (None, "tensor")), ("Dense_1/kernel", ("tensor", None))]
+RULES = [("Dense_0/kernel", ("fsdp", "tensor")), ("Dense_1/kernel", ("tensor", "fsdp"))]
 
 
 def first(count):
@@ -103,7 +106,8 @@ def trainer(layout, logdir=None):
     callbacks += [] if logdir is None else [tk.callbacks.Checkpoint(tk.Never())]
     return NetTrainer(
         Net(norm=True, rate=0.0, axis_name=None if layout.startswith(("jit", "fsdp")) else "batch"),
-        optax.adam(0.01),
+        # Not Adam: it makes much of the rounding in gradients that are zero, as that of a bias before a norm.
+        optax.sgd(0.05, momentum=0.9),
         strategy=LAYOUTS[layout](),
         callbacks=callbacks,
         logdir=logdir,
@@ -148,17 +152,10 @@ def difference(a, b):
     return max(float(np.abs(one.astype(np.float64) - other).max(initial=0)) for one, other in pairs)
 
 
-def copied(folder, target):
-    import shutil
-
-    shutil.copytree(folder, target)
-    return target
-
-
 @pytest.mark.parametrize(("before", "after"), PAIRS, ids=lambda name: name.replace(", ", "-"))
 def test_a_run_goes_on_on_another_layout(saved, whole, tmp_path, before, after):
     folder, seen = saved(before)
-    found = run(after, copied(folder, tmp_path / "run"), STEPS)
+    found = run(after, shutil.copytree(folder, tmp_path / "run"), STEPS)
     own, one = whole(before), whole("jit 1")
     # The loop looks one batch ahead.
     assert seen[:SAVED] + found.seen[: STEPS - SAVED] == one.seen[:STEPS]
@@ -173,7 +170,7 @@ def test_a_run_goes_on_on_another_layout(saved, whole, tmp_path, before, after):
 
 
 def test_from_eight_devices_to_two_to_one(saved, whole, tmp_path):
-    folder = copied(saved("jit 8")[0], tmp_path / "run")
+    folder = shutil.copytree(saved("jit 8")[0], tmp_path / "run")
     run("jit 2", folder, 12)
     found, one = run("jit 1", folder, STEPS), whole("jit 1")
     for name, leaf in found.leaves.items():
@@ -185,15 +182,11 @@ def test_from_eight_devices_to_two_to_one(saved, whole, tmp_path):
 def test_each_device_gets_its_share_and_no_more(saved, monkeypatch, after, has_state):
     """The arrays come from the files to where they stay: no device, and no host, has the whole of one between."""
     loaded = []
-    plain = tk.checkpoint._store.Store.load_state if hasattr(tk.checkpoint, "_store") else None
-    from trainkit.checkpoint._store import Store
-
     plain = Store.load_state
 
     def load(self, step, target):
-        arrays_ = plain(self, step, target)
-        loaded.append(arrays_)
-        return arrays_
+        loaded.append(plain(self, step, target))
+        return loaded[-1]
 
     monkeypatch.setattr(Store, "load_state", load)
     made = trainer(after)
@@ -204,13 +197,9 @@ def test_each_device_gets_its_share_and_no_more(saved, monkeypatch, after, has_s
     parts = {"fsdp 8": 8, "fsdp 4, tensor 2": 8, "fsdp 2": 2, "jit 2": 1, "Pmap 8": 1}[after]
     kernel = named["params/Dense_0/kernel"]  # [8, 16]
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // parts}
-    state = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves_of(made.state)}
+    state = dict(named_leaves(made.state))
     for name, leaf in named.items():
         assert isinstance(leaf, jax.Array)
         assert state[name].sharding == leaf.sharding
-    for name in ("opt_state/0/mu/Dense_0/kernel", "hooks/ema/params/Dense_0/kernel"):
+    for name in ("opt_state/0/trace/Dense_0/kernel", "hooks/ema/params/Dense_0/kernel"):
         assert state[name].sharding == kernel.sharding
-
-
-def leaves_of(tree):
-    return jax.tree_util.tree_leaves_with_path(tree)

@@ -16,7 +16,15 @@ import pytest
 
 import trainkit as tk
 from tests.compare import assert_same
-from tests.multi_process.worker import BATCH, CASES, EXAMPLES, HEARTBEAT, SHUTDOWN, examples
+from tests.multi_process.worker import (
+    BATCH,
+    CASES,
+    EXAMPLES,
+    HEARTBEAT,
+    RESUMED_TO,
+    SHUTDOWN,
+    examples,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Seconds for a process to start, compile and finish on a busy machine.
@@ -138,6 +146,31 @@ def test_two_processes_do_what_one_does(pair, tmp_path, one_process):
     assert_same(tk.load(tmp_path / "state.msgpack")["params"], first["jit"]["params"])
     assert "epoch 1/5" in log(tmp_path, 0)
     assert "epoch" not in log(tmp_path, 1)
+
+
+def test_a_run_of_two_goes_on_as_two_and_as_one(pair, tmp_path):
+    for index, process in enumerate(pair("resume")):
+        assert ends(process, index, tmp_path, PATIENCE) == 0, log(tmp_path, index)
+    first, second = (pickle.loads((tmp_path / f"{index}.pickle").read_bytes()) for index in range(2))
+    assert ends(start("resume", 0, 1, 0, tmp_path), 0, tmp_path, PATIENCE) == 0, log(tmp_path, 0)
+    alone = pickle.loads((tmp_path / "0.pickle").read_bytes())
+    whole, resumed, one = first["whole"], first["resumed"], alone["resumed"]
+    assert whole["stopped"] == resumed["stopped"] == one["stopped"]
+    for mine in (resumed, second["resumed"], second["whole"]):
+        assert_same(mine["state"], whole["state"])  # bit for bit
+        assert mine["history"] == whole["history"]
+    assert_same(one["state"], whole["state"], rtol=1e-5, atol=1e-6)
+    assert one["history"].keys() == whole["history"].keys()
+    for key, rows in whole["history"].items():
+        np.testing.assert_allclose(one["history"][key], rows, rtol=1e-5, err_msg=key)
+    # What the processes of two read is together what one read, batch for batch.
+    reads = zip(first["resumed"]["read"], second["resumed"]["read"], strict=True)
+    for parts, rows in zip(reads, one["read"], strict=True):
+        np.testing.assert_array_equal(np.unique(np.concatenate(parts)), np.unique(rows))
+    for run in ("run", "whole", "copy"):
+        kept = tk.checkpoint.verify(tmp_path / run)
+        assert [info.step for info in kept][-2:] == [RESUMED_TO - 1, RESUMED_TO]
+        assert all(info.problems == () for info in kept)
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -6,6 +6,7 @@ Owns the jobs; with COUNT 1 a job runs on four devices of one process. Results g
 import json
 import pathlib
 import pickle
+import shutil
 import sys
 
 import flax
@@ -14,9 +15,10 @@ import jax
 import numpy as np
 import optax
 from clu import metrics
+from jax.experimental import multihost_utils
 
 import trainkit as tk
-from trainkit.callbacks import EMA, EarlyStopping, Lambda, Progress
+from trainkit.callbacks import EMA, Checkpoint, EarlyStopping, Lambda, LogMetrics, Progress
 from trainkit.metrics import collecting
 from trainkit.parallel import Mesh
 
@@ -75,7 +77,7 @@ class Counted(tk.data.Source):
         self.steps_per_epoch = source.steps_per_epoch
 
     def batches(self, epoch, start=0):
-        return self.source.batches(epoch, start)
+        return map(self._note, self.source.batches(epoch, start))
 
     def global_batches(self, epoch, start=0):
         for batch in self.source.global_batches(epoch, start):
@@ -126,6 +128,55 @@ def compare(index, folder):
         pickle.dump(found, file)
 
 
+# Five batches a pass, two of them a step: the first part ends inside the second pass.
+BROKEN_AT, RESUMED_TO, SAVE_EVERY = 4, 7, 2
+
+
+def resume(index, folder):
+    """Trains to the middle of a pass, goes on from there, and for comparison trains the whole in one go.
+
+    One process alone goes on with a copy of what two saved.
+    """
+    found = {}
+    if jax.process_count() > 1:
+        train(folder / "run", BROKEN_AT)
+        if index == 0:
+            shutil.copytree(folder / "run", folder / "copy")
+        multihost_utils.sync_global_devices("copied")
+        found["resumed"] = train(folder / "run", RESUMED_TO)
+        found["whole"] = train(folder / "whole", RESUMED_TO)
+    else:
+        found["resumed"] = train(folder / "copy", RESUMED_TO)
+    with (folder / f"{index}.pickle").open("wb") as file:
+        pickle.dump(found, file)
+
+
+def train(logdir, steps):
+    """Returns all that a run can be compared by after `steps`, and the examples that this process read."""
+    trainer = Classifier(
+        MLP(),
+        optax.adam(1e-2),
+        **CASES["fsdp, two batches a step"],
+        logdir=logdir,
+        callbacks=[
+            EMA(0.9),
+            EarlyStopping("eval/loss", patience=9, restore_best=True),
+            LogMetrics(tk.Every(steps=3)),
+            Checkpoint(tk.Every(steps=SAVE_EVERY), keep=2, best=("eval/loss", "min")),
+        ],
+    )
+    source = Counted(tk.data.Arrays(examples(), BATCH, shuffle=True, drop_last=False))
+    evaluation = {"eval_data": tk.data.Arrays(examples(1), BATCH), "eval_every": tk.Every(steps=3)}
+    result = trainer.fit(source, steps=steps, resume=True, **evaluation)
+    state = trainer._strategy.fetch(result.state.replace(rng=jax.random.key_data(result.state.rng)))
+    return {
+        "state": (state.step, state.params, state.opt_state, state.hooks["ema"].params, state.rng),
+        "history": dict(result.history),
+        "stopped": (result.step, result.epoch, result.stopped_by),
+        "read": source.read,
+    }
+
+
 def endless(index, folder):
     """Trains until something ends it; says that it trains."""
 
@@ -167,7 +218,7 @@ def main():
             shutdown_timeout_seconds=SHUTDOWN,
         )
     assert jax.device_count() == 4
-    {"compare": compare, "endless": endless, "failing": failing}[job](index, folder)
+    {"compare": compare, "resume": resume, "endless": endless, "failing": failing}[job](index, folder)
 
 
 if __name__ == "__main__":

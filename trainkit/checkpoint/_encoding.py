@@ -85,7 +85,13 @@ def _reference(array: jax.Array, arrays: dict[str, jax.Array | np.ndarray]) -> d
         return {_TAG: "empty", "dtype": str(array.dtype), "shape": list(array.shape)}
     name = str(len(arrays))
     if is_key(array):
-        arrays[name] = jax.random.key_data(array)
+        arrays[name] = _shared(jax.random.key_data(array))
         return {_TAG: "key", "name": name, "impl": str(jax.random.key_impl(array))}
-    arrays[name] = array
+    arrays[name] = _shared(array)
     return {_TAG: "stored", "name": name}
+
+
+def _shared(array: jax.Array) -> jax.Array | np.ndarray:
+    # Of several processes each has one of its own, of which the first's is written; Orbax wants NumPy for that.
+    alone = jax.process_count() > 1 and array.is_fully_addressable
+    return np.asarray(array) if alone else array
