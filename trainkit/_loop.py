@@ -262,7 +262,8 @@ class Loop:
                 if self._finished():
                     break
                 due, alarm = self._due(), self._alarm()
-                calls.resume()
+                if more:
+                    calls.resume()
 
     def _due(self) -> float:
         """Returns the next step at which the host has anything to do."""
