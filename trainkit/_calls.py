@@ -93,10 +93,9 @@ class Calls:
         tuner = self._tuner
         return 1 if tuner is None else tuner.current.room(left, any_size=tuner.any_size)
 
-    def make_of(self, fed: Fed) -> Make | None:
-        """Returns what batches of one call have in common, None for a batch that is taken by itself."""
-        make = make_of(fed)
-        return make if make == self._make else None
+    def takes(self, fed: Fed) -> bool:
+        """Says whether a batch can share a call with others, being of the make of this pass."""
+        return self._make is not None and self._make.fits(fed)
 
     def __call__(self, raw: Any, packed: Any, feds: Sequence[Fed]) -> tuple[Any, Any]:
         """Runs one step for each batch; returns the next state and the next carried metrics."""
@@ -153,5 +152,5 @@ class Calls:
     def _fits(self, tuner: Any, feds: Sequence[Fed]) -> bool:
         choice = tuner.current
         if len(feds) == choice.size == 1:
-            return make_of(feds[0]) == self._make
+            return self.takes(feds[0])
         return len(feds) == choice.size or (len(feds) > 1 and tuner.any_size)

@@ -4,7 +4,7 @@ Owns the rule of padding, and the look ahead at the next batch; not the order of
 """
 
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from trainkit._typing import Batch
@@ -148,19 +148,18 @@ class Intake:
             self._fed = self._placed(self._ahead)
         return self._fed
 
-    def take(self, most: int, make_of: Callable[[Fed], Hashable | None]) -> list[Fed]:
-        """Returns the next batches, up to `most` of one make; `more` has said that there is one.
+    def take(self, most: int, together: Callable[[Fed], bool]) -> list[Fed]:
+        """Returns the next batches, up to `most`; `more` has said that there is one.
 
         Args:
             most: at least 1.
-            make_of: names the make; None where a batch is taken by itself.
+            together: says whether a batch can share a call with others; else it comes by itself.
         """
         feds = [self._next()]
-        make = make_of(feds[0]) if most > 1 else None
-        if make is None:
+        if most == 1 or not together(feds[0]):
             return feds
         try:
-            while len(feds) < most and self.more() and make_of(self.first()) == make:
+            while len(feds) < most and self.more() and together(self.first()):
                 feds.append(self._next())
         except Exception as error:
             # The steps before it are done first, as they would be one by one.

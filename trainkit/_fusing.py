@@ -27,6 +27,19 @@ class Make(NamedTuple):
     leaves: tuple[tuple[tuple[int, ...], Any], ...]
     on_host: bool
 
+    def fits(self, fed: Fed) -> bool:
+        """Says whether `fed` is of this make; what `make_of(fed) == self` says, in less time."""
+        leaves, structure = jax.tree.flatten((fed.batch, fed.mask))
+        if structure != self.structure:
+            return False
+        on_host = True
+        for leaf, (shape, dtype) in zip(leaves, self.leaves, strict=True):
+            host = isinstance(leaf, np.ndarray)
+            if not (host or isinstance(leaf, jax.Array)) or leaf.shape != shape or leaf.dtype != dtype:
+                return False
+            on_host = on_host and host
+        return on_host == self.on_host
+
     @property
     def bytes(self) -> int:
         """The bytes of one batch and its mask."""

@@ -237,7 +237,7 @@ class Loop:
         calls.open(self._raw, metrics.packed, intake.first())
         due, alarm, interrupts = self._due(), self._alarm(), self._interrupts
         while more:
-            feds = intake.take(calls.room(due - self._step), calls.make_of)
+            feds = intake.take(calls.room(due - self._step), calls.takes)
             try:
                 self._raw, metrics.packed = calls(self._raw, metrics.packed, feds)
             except TypeError:
