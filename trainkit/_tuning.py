@@ -110,6 +110,7 @@ class Tuner:
         if choice != SINGLE and choice not in self.runs:
             self.runs[choice] = self.programs.compile(choice)
         self.choice = self.current = choice
+        self._packed = None
         self.runs = {one: run for one, run in self.runs.items() if one == choice}
 
     def expect(self, steps: float) -> None:
