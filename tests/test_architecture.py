@@ -27,7 +27,19 @@ class Layer:
 
 LAYERS = (
     Layer(
-        "L0", ("_typing", "_tree", "_when", "_precision", "_version", "_errors", "_atomic", "_safetensors")
+        "L0",
+        (
+            "_typing",
+            "_tree",
+            "_when",
+            "_precision",
+            "_version",
+            "_errors",
+            "_atomic",
+            "_safetensors",
+            "_allocator",
+            "_choice",
+        ),
     ),
     # What the packages of L1 are about: they take and return it.
     Layer("L1 state", ("_state", "_context"), strangers=True),
@@ -44,6 +56,7 @@ LAYERS = (
         (
             *("_step", "_checks", "_feed", "_engine", "_windows", "_result", "_recording", "_overview"),
             *("_diagnosis", "_overridable", "_restoring", "_resuming", "_saved", "_timetable"),
+            *("_fusing", "_tuning", "_calls", "_remembered"),
             "export",
         ),
     ),

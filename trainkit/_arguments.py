@@ -68,6 +68,15 @@ def check_accumulate(accumulate: int, *, own_step: bool) -> int:
     return accumulate
 
 
+def check_steps_per_call(steps: Any) -> int | None:
+    """Returns the number of steps, None for "auto"; refuses all else."""
+    if steps == "auto":
+        return None
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps_per_call={steps!r}: must be 'auto' or an int of at least 1.")
+    return steps
+
+
 def check_length(epochs: int | None, steps: int | None) -> None:
     """Refuses all but exactly one of `epochs` and `steps`, a positive int."""
     if (epochs is None) == (steps is None):

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from trainkit._calls import ONE_BY_ONE, Calls, CallSettings
 from trainkit._feed import Feed, SharedFeed
 from trainkit._state import TrainState, key_of
 from trainkit._step import Steps, Traits, explained_errors, with_raw_key
@@ -44,24 +45,34 @@ class Prepared(NamedTuple):
         accumulator: of the metrics it carries.
         empty: what the carried metrics start from, on the devices.
         feed: places the batches.
+        calls: dispatches training steps, one or several at a time.
     """
 
     step: Callable[..., Any]
     accumulator: Accumulator
     empty: PyTree
     feed: Feed
+    calls: Calls
 
 
 class Engine:
     """Compiles the pure steps under a strategy."""
 
     def __init__(
-        self, steps: Steps, strategy: Strategy, collection: type[clu.metrics.Collection], *, scaled: bool
+        self,
+        steps: Steps,
+        strategy: Strategy,
+        collection: type[clu.metrics.Collection],
+        *,
+        scaled: bool,
+        settings: CallSettings = ONE_BY_ONE,
     ) -> None:
         self.steps, self.strategy = steps, strategy
         self._collections = {"training": _with_loss_scale(collection) if scaled else collection}
         self._collections["evaluation"] = collection
-        self._prepared: dict[tuple[str, ...], tuple[Callable[..., Any], Accumulator, PyTree]] = {}
+        self._prepared: dict[tuple[str, ...], tuple[Callable[..., Any], Accumulator, PyTree, Calls]] = {}
+        self._settings = settings
+        self._last_calls: Calls | None = None
         self._traits: dict[tuple[Any, ...], Traits] = {}
 
     def batches(self, source: Source, epoch: int, start: int = 0) -> Iterator[Any]:
@@ -149,7 +160,9 @@ class Engine:
             outputs=(Role.STATE, Role.WHOLE),
             donate=(0,),
         )
-        return self._prepare("training", self.steps.train, compiled, state, traits, feed)
+        prepared = self._prepare("training", self.steps.train, compiled, state, traits, feed)
+        self._last_calls = prepared.calls
+        return prepared
 
     def prepare_eval(self, state: TrainState, source: Source, first: Batch | GlobalBatch) -> Prepared:
         """Returns the evaluation step for `source`, as `prepare_train`."""
@@ -201,6 +214,10 @@ class Engine:
         params, stats = self._read_average(with_raw_key(state.replace(opt_state=(), hooks={})), memory)
         return state.replace(params=params, batch_stats=stats)
 
+    def describe_calls(self) -> str:
+        """Returns in a few words how training steps are put into calls, e.g. `scanned 50 (measured), ...`."""
+        return "open until the first fit" if self._last_calls is None else self._last_calls.describe()
+
     def _feed(self, **options: Any) -> Feed:
         return (Feed if self.strategy.processes == 1 else SharedFeed)(self.strategy, **options)
 
@@ -242,9 +259,12 @@ class Engine:
         if key not in self._prepared:
             accumulator = Accumulator(self._collections[kind])
             accumulator.specify(**traits.outputs)
-            run = compiled(functools.partial(step, accumulator, impl))
-            self._prepared[key] = run, accumulator, self.strategy.replicate(accumulator.empty())
-        return Prepared(*self._prepared[key], feed)
+            pure = functools.partial(step, accumulator, impl)
+            run = compiled(pure)
+            calls = Calls(pure, run, self.strategy, self._settings)
+            self._prepared[key] = run, accumulator, self.strategy.replicate(accumulator.empty()), calls
+        run, accumulator, empty, calls = self._prepared[key]
+        return Prepared(run, accumulator, empty, feed, calls)
 
 
 def _strong(new: Any, old: Any) -> Any:

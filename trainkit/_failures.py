@@ -9,7 +9,7 @@ import json
 import pathlib
 import shutil
 import time
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,14 @@ import numpy as np
 
 from trainkit._engine import Engine
 from trainkit._errors import NonFiniteError
+from trainkit._feed import Fed
 from trainkit._request import Position
 from trainkit._restoring import arrays_of
 from trainkit._state import TrainState
 from trainkit._typing import Batch
 from trainkit.checkpoint._encoding import decode, encode
 from trainkit.checkpoint._store import Contents, Store
+from trainkit.data._batch import unpad
 from trainkit.data._source import Source
 
 _PASSES_KNOWN = 64
@@ -44,16 +46,16 @@ class Failures:
         self._engine, self._source, self._accumulate = engine, source, accumulate
         # Of several processes none has the whole batch.
         self._logdir = None if engine.strategy.processes > 1 else logdir
-        self._failing: tuple[int, Any] | None = None
+        self._failing: list[tuple[int, Fed]] = []
         self._trail: collections.deque[tuple[int, int, int]] = collections.deque(maxlen=_PASSES_KNOWN)
 
     def begin(self, step: int, position: Position) -> None:
         """Notes a step and a place in the data from which steps and batches go side by side."""
         self._trail.append((step, position.epoch, position.batch))
 
-    def note(self, step: int, batch: Any) -> None:
-        """Notes that `step` raised, and the batch (of several, the tuple) that it was given."""
-        self._failing = step, batch
+    def note(self, step: int, feds: Sequence[Fed]) -> None:
+        """Notes that a call raised which took `feds`, the first of them for `step`."""
+        self._failing = list(enumerate(feds, start=step))
 
     def keep(self, error: BaseException, state: TrainState) -> None:
         """Writes down what there is of the step that `error` came from; never raises.
@@ -68,9 +70,9 @@ class Failures:
             if isinstance(error, NonFiniteError):
                 before = state.replace(step=jnp.asarray(error.step - 1, jnp.int32))
                 _keep(self._logdir, error.step, error, self._batches_of(error.step), before)
-            elif self._failing is not None:
-                step, batch = self._failing
-                _keep(self._logdir, step, error, list(batch) if self._accumulate > 1 else [batch], None)
+            for step, fed in self._failing:
+                batches = list(fed.batch) if self._accumulate > 1 else [unpad(fed.batch, fed.real)]
+                _keep(self._logdir, step, error, batches, None)
         except Exception as another:
             error.add_note(f"its batch could not be kept: {another!r}")
 

@@ -1,15 +1,15 @@
 """From host batches to what a compiled step takes: checked, padded, masked, placed.
 
-Owns the rule of padding; not the order of the data, which is the source's.
+Owns the rule of padding, and the look ahead at the next batch; not the order of the data, which is the source's.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from trainkit._typing import Batch
-from trainkit.data._batch import batch_size_of, mask, pad
-from trainkit.data._global_batch import GlobalBatch
+from trainkit.data._batch import batch_size_of, check_batch, mask, pad
+from trainkit.data._global_batch import GlobalBatch, spec_of
 from trainkit.parallel._strategy import Strategy
 
 _LOG = logging.getLogger("trainkit")
@@ -114,3 +114,66 @@ class SharedFeed(Feed):
         if real == self._rows or not self._exact:
             return Fed(placed, self._full_mask if real == self._rows else None, real)
         return Fed(placed, self._strategy.place(mask(rows, real)), real)
+
+
+_END, _UNREAD = object(), object()
+
+
+class Intake:
+    """The batches of one pass on their way into a step, one of them looked at ahead.
+
+    Args:
+        batches: of the source.
+        place: puts one on the devices.
+    """
+
+    def __init__(self, batches: Iterator[Any], place: Callable[[Any], Fed]) -> None:
+        self._batches, self._place = batches, place
+        self._ahead: Any = _UNREAD
+        self._fed: Fed | None = None
+        self._error: Exception | None = None
+
+    def more(self) -> bool:
+        """Says whether there is another batch; raises what the source raised, after all batches before it."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        if self._ahead is _UNREAD:
+            self._ahead = next(self._batches, _END)
+        return self._ahead is not _END
+
+    def first(self) -> Fed:
+        """Returns the next batch, and leaves it where it is."""
+        if self._fed is None:
+            self._fed = self._placed(self._ahead)
+        return self._fed
+
+    def take(self, most: int, together: Callable[[Fed], bool]) -> list[Fed]:
+        """Returns the next batches, up to `most`; `more` has said that there is one.
+
+        Args:
+            most: at least 1.
+            together: says whether a batch can share a call with others; else it comes by itself.
+        """
+        feds = [self._next()]
+        if most == 1 or not together(feds[0]):
+            return feds
+        try:
+            while len(feds) < most and self.more() and together(self.first()):
+                feds.append(self._next())
+        except Exception as error:
+            # The steps before it are done first, as they would be one by one.
+            self._error = error
+        return feds
+
+    def _next(self) -> Fed:
+        fed = self.first()
+        self._ahead, self._fed = _UNREAD, None
+        return fed
+
+    def _placed(self, batch: Any) -> Fed:
+        try:
+            return self._place(batch)
+        except TypeError:
+            check_batch(spec_of(batch))  # names the leaf that no step can take, where that was the reason
+            raise

@@ -16,11 +16,12 @@ from typing import Any
 import jax
 
 from trainkit._agreement import agree
+from trainkit._choice import Choice
 from trainkit._dispatch import Dispatcher, before_checkpoints, checkpoints, guards
 from trainkit._engine import Engine, key_impl
 from trainkit._evaluate import evaluate
 from trainkit._failures import Failures
-from trainkit._feed import Fed
+from trainkit._feed import Fed, Intake
 from trainkit._history import History
 from trainkit._interrupts import Interrupts
 from trainkit._record import Record
@@ -44,7 +45,6 @@ from trainkit.data._global_batch import spec_of
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.writers._writer import MetricWriter
 
-_END = object()
 _LOG = logging.getLogger("trainkit")
 # Carried float32 sums and int32 counts are handed to the host at least this often, and merged there in float64.
 _SEGMENT = Every(steps=512)
@@ -83,6 +83,8 @@ class Loop:
         if resumed is not None:
             self._first_step, self._first_epoch = resumed.first_step, resumed.first_epoch
         self._plan = plan_of(request, self._step, position, self._first_step, self._first_epoch)
+        given = None if resumed is None or resumed.choice is None else Choice.parse(resumed.choice)
+        self._prepared.calls.begin(given, self._plan.steps and self._plan.steps - self._step)
         self._metrics = TrainMetrics(self._prepared.accumulator, self._prepared.empty)
         self._record = Record(request.callbacks, writer, history, self._metrics)
         self._epoch_reader = self._metrics.reader("epoch")
@@ -108,6 +110,14 @@ class Loop:
     def state(self) -> TrainState:
         """The train state after the last step."""
         return with_typed_key(self._raw, self._impl)
+
+    @property
+    def choice(self) -> Choice | None:
+        """How steps are put into calls; None while that is being measured.
+
+        Given to the loop that goes on from here, it makes the same calls as this one would.
+        """
+        return self._prepared.calls.choice
 
     # One fit --------------------------------------------------------------------------------------------------
 
@@ -216,45 +226,52 @@ class Loop:
         return batches
 
     def _run_pass(self, batches: Iterator[Any]) -> None:
-        feed, step, metrics = self._prepared.feed, self._prepared.step, self._metrics
+        feed, calls, metrics = self._prepared.feed, self._prepared.calls, self._metrics
         place: Callable[[Any], Fed] = feed.place
         if self._request.accumulate > 1:
             batches, place = _grouped(batches, self._request.accumulate), feed.place_group
-        batch: Any = next(batches, _END)
-        if batch is _END:
+        intake = Intake(batches, place)
+        more = intake.more()
+        if not more:
             raise ValueError(
                 f"the training source gave no batch in epoch {self.position.epoch}. It must give batches for every "
                 "epoch; an iterator that is used up can be wrapped in a function that opens a new one."
             )
+        calls.open(self._raw, metrics.packed, intake.first())
         due, alarm, interrupts = self._due(), self._alarm(), self._interrupts
-        while batch is not _END:
+        while more:
+            feds = intake.take(calls.room(due - self._step), calls.takes)
             try:
-                fed = place(batch)
-                self._raw, metrics.packed = step(self._raw, metrics.packed, fed.batch, fed.mask)
+                self._raw, metrics.packed = calls(self._raw, metrics.packed, feds)
             except Exception as error:
-                self._failures.note(self._step + 1, batch)
-                if not isinstance(error, TypeError):
-                    raise
-                check_batch(spec_of(batch))  # names the leaf that no step can take, where that was the reason
+                self._failures.note(self._step + 1, feds)
+                if isinstance(error, TypeError):
+                    for fed in feds:
+                        check_batch(
+                            fed.batch
+                        )  # names the leaf that no step can take, where that was the reason
                 raise
-            self._step += 1
-            self.position.batch += fed.batches
+            self._step += len(feds)
+            self.position.batch += sum([fed.batches for fed in feds])
             self._pass_begun = True
             # Looking one batch ahead tells whether this was the last step of the pass, and overlaps the step.
             try:
-                batch = next(batches, _END)
+                more = intake.more()
             except Exception:
                 if self._step >= due:
                     self._at_step(pass_done=False)  # the step was done, and what is due after it is told
                 raise
             rung = alarm < NEVER and self._clock() >= alarm
-            if self._step >= due or batch is _END or rung or interrupts.received:
-                if batch is _END:
+            if self._step >= due or not more or rung or interrupts.received:
+                if not more:
                     self.position.batch = 0
-                self._at_step(pass_done=batch is _END)
+                calls.pause()
+                self._at_step(pass_done=not more)
                 if self._finished():
                     break
                 due, alarm = self._due(), self._alarm()
+                if more:
+                    calls.resume()
 
     def _due(self) -> float:
         """Returns the next step at which the host has anything to do."""
@@ -351,7 +368,7 @@ class Loop:
             evaluation_owed=self._owed_evaluation,
             epoch_end_owed=self._owed_epoch_end,
             stopped_by=None if self._interrupted else self.stopped_by,
-            choice=None,
+            choice=None if (choice := self._prepared.calls.choice) is None else str(choice),
             **self._record.state(self._step),
         )
         return contents_of(self.state, saved, labels)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -29,14 +30,14 @@ class _Row:
 _SHARDED = ("sharding", "bytes_per_device")
 
 
-def overview(state: TrainState, layout: str) -> str:
+def overview(state: TrainState, settings: Mapping[str, str]) -> str:
     """Returns a table of the parameters, and the totals of what the state holds.
 
     On more than one device with the sharding of each parameter and the bytes that one device holds.
 
     Args:
         state: the train state.
-        layout: the strategy in a few words.
+        settings: how the steps run, in a few words each, by name.
     """
     several = any(len(_devices(leaf)) > 1 for leaf in jax.tree.leaves(state))
     columns = [field.name for field in dataclasses.fields(_Row) if several or field.name not in _SHARDED]
@@ -50,9 +51,8 @@ def overview(state: TrainState, layout: str) -> str:
     }
     held = {name: tree for name, tree in parts.items() if tree}
     lines = [_total(name, tree, several) for name, tree in held.items()]
-    return "\n".join(
-        [table, *lines, _total("total", list(held.values()), several), f"{'layout':<20} {layout}"]
-    )
+    said = [f"{name:<20} {words}" for name, words in settings.items()]
+    return "\n".join([table, *lines, _total("total", list(held.values()), several), *said])
 
 
 def _rows(params: PyTree) -> list[_Row]:

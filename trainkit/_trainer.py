@@ -9,15 +9,18 @@ import flax.linen as nn
 import jax
 import optax
 
+from trainkit._allocator import freed_memory_is_kept, keep_freed_memory, switched_on
 from trainkit._arguments import (
     check_accumulate,
     check_callbacks,
     check_length,
     check_metrics,
+    check_steps_per_call,
     eval_sources,
     peek,
     with_defaults,
 )
+from trainkit._calls import CallSettings
 from trainkit._diagnosis import Diagnosis
 from trainkit._engine import Engine
 from trainkit._evaluate import evaluate, predict
@@ -69,6 +72,11 @@ class Trainer(Overridable):
             `jax.checkpoint_policies`.
         logdir: folder for TensorBoard and JSONL logs; None writes none.
         writers: further objects of `MetricWriter`; they are flushed, and stay yours to close.
+        steps_per_call: training steps in one call of a compiled program, where nothing is due between them: an int
+            of at least 1, the most; `"auto"` finds by measurement what is fastest, see `docs/speed.md`. Beyond
+            rounding the results are those of 1.
+        cpu_settings: on a CPU, let the allocator of glibc keep what XLA frees, and let `"auto"` try XLA's other
+            scheduler. The environment variable `TRAINKIT_CPU_SETTINGS=0` turns it off as well.
 
     Raises:
         TypeError: an argument is of the wrong kind, e.g. a callback class instead of an object.
@@ -99,6 +107,8 @@ class Trainer(Overridable):
         remat: bool | Callable[..., bool] = False,
         logdir: str | os.PathLike[str] | None = None,
         writers: Sequence[MetricWriter] = (),
+        steps_per_call: int | Literal["auto"] = "auto",
+        cpu_settings: bool = True,
     ) -> None:
         self._precision = resolve_precision(precision)
         self._model = LinenModel(model, self._precision)
@@ -112,6 +122,8 @@ class Trainer(Overridable):
         self._logdir = None if logdir is None else local_folder(logdir)
         self._writers = tuple(writers)
         self._run = Run()
+        self._cpu_settings = cpu_settings and switched_on()
+        self._settings = CallSettings(check_steps_per_call(steps_per_call), self._cpu_settings)
         self._state: TrainState | None = None
         self._shown = False
         check_metrics(self.metrics)
@@ -216,6 +228,8 @@ class Trainer(Overridable):
             logdir=self._logdir,
         )
         interrupts = Interrupts(alone=self._strategy.processes == 1)
+        if self._cpu_settings and jax.default_backend() == "cpu":
+            keep_freed_memory()
         # The logs first: a folder that can't be written to is refused before anything compiles.
         with (
             interrupts.listening(),
@@ -345,8 +359,14 @@ class Trainer(Overridable):
 
     @final
     def summary(self) -> str:
-        """Returns a table of the parameters: names, shapes, counts, bytes; then the totals of the whole state."""
-        return overview(self.state, self._strategy.describe())
+        """Returns a table of the parameters: names, shapes, counts, bytes; then the totals, and how steps run."""
+        allocator = "keeps freed memory" if freed_memory_is_kept() else "as it was"
+        settings = {
+            "layout": self._strategy.describe(),
+            "steps per call": self._engine.describe_calls(),
+            **({"allocator": allocator} if jax.default_backend() == "cpu" else {}),
+        }
+        return overview(self.state, settings)
 
     # Wiring ---------------------------------------------------------------------------------------------------
 
@@ -378,7 +398,9 @@ class Trainer(Overridable):
             accumulate=self._accumulate,
             remat=self._remat,
         )
-        return Engine(steps, self._strategy, self.metrics, scaled=self._precision.scaled)
+        return Engine(
+            steps, self._strategy, self.metrics, scaled=self._precision.scaled, settings=self._settings
+        )
 
     @property
     def _steps_done(self) -> int:

@@ -91,6 +91,10 @@ class Spmd(Strategy, abc.ABC):
         return self._put(batch, jax.tree.map(self._rows_sharding, batch))
 
     @property
+    def takes_host_batches(self) -> bool:
+        return self._is_default_device
+
+    @property
     def processes(self) -> int:
         return self._processes
 

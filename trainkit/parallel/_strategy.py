@@ -118,6 +118,11 @@ class Strategy(abc.ABC):
         """Returns arrays of a compiled step as NumPy arrays; waits for them. All processes must call."""
         return jax.tree.map(to_host, tree)
 
+    @property
+    def takes_host_batches(self) -> bool:
+        """Whether `place` leaves NumPy arrays as they are and `compile` takes them so, of any leading dimensions."""
+        return False
+
     # Several processes --------------------------------------------------------------------------------------
 
     @property
