@@ -38,6 +38,7 @@ LAYERS = (
             "_atomic",
             "_safetensors",
             "_allocator",
+            "_compile_cache",
             "_choice",
         ),
     ),
@@ -55,7 +56,7 @@ LAYERS = (
         "L2",
         (
             *("_step", "_checks", "_feed", "_engine", "_windows", "_result", "_recording", "_overview"),
-            *("_diagnosis", "_overridable", "_restoring", "_resuming", "_saved", "_timetable"),
+            *("_diagnosis", "_overridable", "_restoring", "_resuming", "_saved", "_timetable", "_ahead"),
             *("_fusing", "_tuning", "_calls", "_remembered"),
             "export",
         ),

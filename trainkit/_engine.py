@@ -1,6 +1,7 @@
 """The compiled steps of one trainer, made at first use and kept. Owns compilation; not the order of calls."""
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from trainkit._calls import ONE_BY_ONE, Calls, CallSettings
 from trainkit._feed import Feed, SharedFeed
 from trainkit._state import TrainState, key_of
 from trainkit._step import Steps, Traits, explained_errors, with_raw_key
-from trainkit._tree import copy_arrays, describe, differences, is_key, signature
+from trainkit._tree import copy_arrays, describe, differences, is_key, key_generator, signature
 from trainkit._typing import Batch, PyTree
 from trainkit.data._batch import batch_size_of, check_batch, unpad
 from trainkit.data._global_batch import GlobalBatch, spec_of
@@ -25,7 +26,8 @@ from trainkit.parallel._strategy import Role, Strategy
 
 def key_impl(state: TrainState) -> str:
     """Returns the name of the generator behind the key of `state`."""
-    return str(jax.random.key_impl(key_of(state)))
+    key = key_of(state)
+    return str(jax.random.key_impl(key)) if isinstance(key, jax.Array) else key_generator(key.dtype)
 
 
 def _with_loss_scale(collection: type[clu.metrics.Collection]) -> type[clu.metrics.Collection]:
@@ -74,6 +76,16 @@ class Engine:
         self._settings = settings
         self._last_calls: Calls | None = None
         self._traits: dict[tuple[Any, ...], Traits] = {}
+        self._expected: dict[str, threading.Event] = {}
+
+    def expect(self, **kinds: threading.Event) -> None:
+        """Notes that steps of some kinds are being compiled, and when that is done."""
+        self._expected = kinds
+
+    def _wait_for(self, kind: str) -> None:
+        """Waits until the steps of a kind are compiled, where that is under way: it would be done twice."""
+        if kind in self._expected:
+            self._expected.pop(kind).wait()
 
     def batches(self, source: Source, epoch: int, start: int = 0) -> Iterator[Any]:
         """Returns the batches of an epoch as a feed takes them: `GlobalBatch` where processes share the work."""
@@ -86,19 +98,21 @@ class Engine:
         check_batch(spec_of(batch))
         rows = batch_size_of(spec_of(batch))
         with explained_errors():
-            init = self.strategy.compile(self.steps.init, inputs=(Role.WHOLE, Role.WHOLE), outputs=Role.STATE)
             if isinstance(batch, GlobalBatch):
                 # Each process reads its rows; the devices, not the hosts, put them together.
                 feed = SharedFeed(self.strategy, rows=rows, may_be_partial=False, exact=True, what="first")
                 batch = unpad(feed.place(batch).batch, rows)
-            return init(self.strategy.replicate(jax.random.key(seed)), self.strategy.replicate(batch))
+            return self._init(self.strategy.replicate(jax.random.key(seed)), self.strategy.replicate(batch))
 
     def init_spec(self, batch: Batch | GlobalBatch) -> TrainState:
         """Returns the shapes and dtypes of what `init` returns, without computing it."""
         check_batch(spec_of(batch))
         with explained_errors():
-            init = self.strategy.compile(self.steps.init, inputs=(Role.WHOLE, Role.WHOLE), outputs=Role.STATE)
-            return jax.eval_shape(init, jax.random.key(0), spec_of(batch))
+            return jax.eval_shape(self._init, jax.random.key(0), spec_of(batch))
+
+    @functools.cached_property
+    def _init(self) -> Callable[..., TrainState]:
+        return self.strategy.compile(self.steps.init, inputs=(Role.WHOLE, Role.WHOLE), outputs=Role.STATE)
 
     def complete(self, state: TrainState, seed: int) -> TrainState:
         """Returns `state` on the devices, with the key and the memory of step hooks that it may lack.
@@ -161,6 +175,7 @@ class Engine:
             donate=(0,),
         )
         prepared = self._prepare("training", self.steps.train, compiled, state, traits, feed)
+        self._wait_for("training")
         self._last_calls = prepared.calls
         return prepared
 

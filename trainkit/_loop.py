@@ -128,6 +128,7 @@ class Loop:
             self._dispatch.start()
             if self._owed_evaluation or self._owed_epoch_end:
                 self._settle()
+                self._stop_if_interrupted()  # before another step, which would owe other things
                 self._save(everyone=True)
             while not self._finished():
                 self._epoch()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from trainkit._engine import Engine
 from trainkit._state import TrainState
-from trainkit._tree import differences, is_key, named_leaves, path_name, signature
+from trainkit._tree import differences, is_key, key_generator, named_leaves, path_name, signature
 from trainkit._typing import PyTree
 from trainkit.checkpoint._store import Store
 from trainkit.checkpoint._tree import nested
@@ -180,13 +180,8 @@ def _signature(saved: Mapping[str, Any]) -> dict[str, str]:
 
 def _abstract(dtype: str, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
     if dtype.startswith("key<"):
-        return jax.eval_shape(lambda: jax.random.key(0, impl=_key_impl(dtype)))
+        return jax.eval_shape(lambda: jax.random.key(0, impl=key_generator(dtype)))
     return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
-
-
-def _key_impl(dtype: Any) -> str:
-    """Returns the name under which `jax.random` knows the generator of a key dtype such as `key<fry>`."""
-    return {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}[str(dtype)[4:-1]]
 
 
 def _with_sharding(leaf: jax.Array) -> jax.ShapeDtypeStruct:
@@ -211,7 +206,7 @@ def _load(engine: Engine, store: Store, step: int, template: TrainState) -> Trai
             return jnp.zeros(leaf.shape, leaf.dtype)
         array = arrays[path_name(path)]
         if is_key(leaf) and not is_key(array):  # read to the host, a key is its data
-            return jax.random.wrap_key_data(array, impl=_key_impl(leaf.dtype))
+            return jax.random.wrap_key_data(array, impl=key_generator(leaf.dtype))
         return array
 
     return engine.strategy.lay_out(jax.tree_util.tree_map_with_path(value, targets))

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import optax
 
+from trainkit._ahead import compile_ahead
 from trainkit._allocator import freed_memory_is_kept, keep_freed_memory, switched_on
 from trainkit._arguments import (
     check_accumulate,
@@ -21,6 +22,7 @@ from trainkit._arguments import (
     with_defaults,
 )
 from trainkit._calls import CallSettings
+from trainkit._compile_cache import kept_on_disk
 from trainkit._diagnosis import Diagnosis
 from trainkit._engine import Engine
 from trainkit._evaluate import evaluate, predict
@@ -77,6 +79,8 @@ class Trainer(Overridable):
             rounding the results are those of 1.
         cpu_settings: on a CPU, let the allocator of glibc keep what XLA frees, and let `"auto"` try XLA's other
             scheduler. The environment variable `TRAINKIT_CPU_SETTINGS=0` turns it off as well.
+        keep_compiled: keep compiled programs in `logdir`, so that the same command started again does not wait
+            for the compiler; a cache that JAX was already given is used instead.
 
     Raises:
         TypeError: an argument is of the wrong kind, e.g. a callback class instead of an object.
@@ -109,6 +113,7 @@ class Trainer(Overridable):
         writers: Sequence[MetricWriter] = (),
         steps_per_call: int | Literal["auto"] = "auto",
         cpu_settings: bool = True,
+        keep_compiled: bool = True,
     ) -> None:
         self._precision = resolve_precision(precision)
         self._model = LinenModel(model, self._precision)
@@ -122,6 +127,7 @@ class Trainer(Overridable):
         self._logdir = None if logdir is None else local_folder(logdir)
         self._writers = tuple(writers)
         self._run = Run()
+        self._keep_compiled = keep_compiled
         self._cpu_settings = cpu_settings and switched_on()
         self._settings = CallSettings(check_steps_per_call(steps_per_call), self._cpu_settings)
         self._state: TrainState | None = None
@@ -235,6 +241,7 @@ class Trainer(Overridable):
             interrupts.listening(),
             locked(None if jax.process_index() else self._logdir),
             open_writers(self._logdir, self._writers, self._run.history) as writer,
+            kept_on_disk(self._logdir if self._keep_compiled else None),
         ):
             found = self._run.find(stores, writer, self._steps_done)
             saved = None if found is None else found[1]
@@ -257,7 +264,7 @@ class Trainer(Overridable):
             loop = Loop(
                 self._engine,
                 request,
-                state=self._begin(first),
+                state=self._begin(request, first),
                 first=first,
                 batches=batches,
                 position=self._run.position,
@@ -412,8 +419,15 @@ class Trainer(Overridable):
             raise ValueError("resume=True needs checkpoints: add tk.callbacks.Checkpoint() to the callbacks.")
         return [Store(keeper.folder(self._logdir)) for keeper in keepers]
 
-    def _begin(self, first: Batch | GlobalBatch) -> TrainState:
+    def _begin(self, request: Request, first: Batch | GlobalBatch) -> TrainState:
         if self._state is None:
+            if (
+                self._strategy.takes_host_batches
+                and self._accumulate == 1
+                and not isinstance(first, GlobalBatch)
+            ):
+                rows = request.source.batch_size or 0
+                compile_ahead(self._engine, request.source, first, rows, request.evaluations)
             self._state = self._engine.init(self._seed, first)
             self._shown = False
         # The step takes the buffers of its state: what the user may still hold is left whole.

@@ -68,3 +68,8 @@ def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 def is_key(leaf: Any) -> bool:
     """Says whether `leaf` is an array of typed PRNG keys."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def key_generator(dtype: Any) -> str:
+    """Returns the name under which `jax.random` knows the generator of a key dtype such as `key<fry>`."""
+    return {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}[str(dtype)[4:-1]]

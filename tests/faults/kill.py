@@ -7,6 +7,7 @@ the comparison and the table; not the run, which is `tests.faults.worker`.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -39,7 +40,7 @@ class Life:
     Attributes:
         lines: what it said.
         status: of its exit.
-        hit: whether the signal found it alive.
+        hit: whether the signal found it alive, and was heard.
         errors: what it wrote to its standard error.
     """
 
@@ -69,13 +70,9 @@ def environment(cache):
 def start(logdir, cache, *options):
     """Starts a worker whose result will be beside `logdir`."""
     command = [sys.executable, "-m", "tests.faults.worker", str(logdir), f"{logdir}.npz", *options]
+    # Unbuffered: a line read here takes nothing of the next from what `communicate` reads.
     return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(cache),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
     )
 
 
@@ -101,7 +98,10 @@ def live(logdir, cache, moment=None, *, rng=None, number=signal.SIGKILL, seconds
     finally:
         process.kill()
         process.wait()
-    return Life(lines + rest.splitlines(), process.returncode, hit, errors)
+    # JAX's callback of the garbage collector swallows a Ctrl-C that comes to it before a fit listens.
+    errors = errors.decode()
+    hit = hit and "Exception ignored in" not in errors
+    return Life(lines + rest.decode().splitlines(), process.returncode, hit, errors)
 
 
 def _reach(process, lines, logdir, moment, rng, seconds):
@@ -123,15 +123,13 @@ def _reach(process, lines, logdir, moment, rng, seconds):
 
 
 def _pass(process, seconds):
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        pass
 
 
 def _read_until(process, lines, word, count):
     while count and (line := process.stdout.readline()):
-        lines.append(line.rstrip("\n"))
+        lines.append(line.decode().rstrip("\n"))
         count -= lines[-1].startswith(f"{word} ")
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.faults.kill import campaign
 
-MOMENTS = ("starting", "compiling", "training", "saving", "saved", "removing", "rewinding", "closing")
+MOMENTS = ("starting", "compiling", "training", "saving", "saved", "removing", "rewinding")
 
 
 def test_a_run_killed_at_every_moment_ends_as_one_that_was_not(tmp_path):

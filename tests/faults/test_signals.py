@@ -65,7 +65,8 @@ def handlers():
 
 
 @pytest.mark.parametrize(
-    ("phase", "name"), [*((phase, "SIGTERM") for phase in PHASES), ("training", "SIGINT"), ("closing", "SIGINT")]
+    ("phase", "name"),
+    [*((phase, "SIGTERM") for phase in PHASES), ("training", "SIGINT"), ("closing", "SIGINT")],
 )
 def test_a_signal_saves_and_ends_the_fit(tmp_path, handlers, phase, name):
     sender, step = PHASES[phase]
@@ -73,6 +74,17 @@ def test_a_signal_saves_and_ends_the_fit(tmp_path, handlers, phase, name):
     assert (result.step, result.stopped_by) == (step, name)
     assert steps(tmp_path)[-1] == step
     check_whole(tmp_path, fit(make(tmp_path, Lambda(), Remembers(lambda: None))))
+
+
+@pytest.mark.parametrize(("hook", "step"), [("on_eval_start", 5), ("on_step", STEPS)])
+def test_what_one_signal_leaves_owed_another_leaves_owed_too(tmp_path, handlers, hook, step):
+    # An evaluation, and the end of the pass.
+    assert fit(make(tmp_path, at(hook, step, lambda: send("SIGTERM", 1)))).step == step
+    again = Lambda(on_fit_start=lambda info: send("SIGTERM", 1))
+    for _ in range(2):
+        result = fit(make(tmp_path, again))
+        assert (result.step, result.stopped_by) == (step, "SIGTERM")
+    check_whole(tmp_path, fit(make(tmp_path, Lambda())))
 
 
 @pytest.mark.parametrize("phase", PHASES)

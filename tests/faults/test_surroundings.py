@@ -32,20 +32,20 @@ def read_only(tmp_path):
 
 def test_a_read_only_folder_is_refused_before_the_first_step(tmp_path, read_only):
     told = "checkpoints need a folder that can be created and written to .*give another"
+    trained = []
+    note = Lambda(on_step=lambda info: trained.append(info.step))
     for folder in (read_only, read_only / "deeper"):
-        trained = []
-        note = Lambda(on_step=lambda info: trained.append(info.step))
         made = trainer(Checkpoint(folder=folder), note, logdir=tmp_path / "logs")
         with pytest.raises(OSError, match=told):
             fit(made)
-        assert not trained
+    assert not trained
     with pytest.raises(OSError, match="logdir must be a folder that can be created and written to"):
         fit(make(read_only / "logs"))
 
 
 def test_a_file_in_place_of_the_folder_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "checkpoints").write_text("not a folder")
-    with pytest.raises(OSError, match="checkpoints need a folder .*File exists"):
+    with pytest.raises(OSError, match=r"checkpoints need a folder .*File exists"):
         fit(make(tmp_path))
     (tmp_path / "checkpoints").unlink()
     check_whole(tmp_path, fit(make(tmp_path)))
@@ -88,13 +88,15 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_unharmed(tmp_path):
 def test_a_run_begun_anew_where_there_are_checkpoints_is_refused(tmp_path):
     fit(make(tmp_path))
     before = steps(tmp_path)
-    with pytest.raises(ValueError, match=r"has checkpoints of the steps 8, 10, 12, .* fit\(\.\.\., resume=True\)"):
+    with pytest.raises(
+        ValueError, match=r"has checkpoints of the steps 8, 10, 12, .* fit\(\.\.\., resume=True\)"
+    ):
         make(tmp_path).fit(numbers(1), steps=1, eval_data=numbers(7))
     assert steps(tmp_path) == before
 
 
 def test_a_killed_data_process_is_named_and_the_run_goes_on_from_before_it(tmp_path):
-    with pytest.raises(concurrent.futures.process.BrokenProcessPool, match="process.*terminated abruptly"):
+    with pytest.raises(concurrent.futures.process.BrokenProcessPool, match=r"process.*terminated abruptly"):
         fit(make(tmp_path), functools.partial(batches, STEPS, last=9))
     assert steps(tmp_path) == [4, 6, 8]
     begun = []

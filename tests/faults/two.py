@@ -24,7 +24,9 @@ PER_EPOCH, EPOCHS, SIGNALLED, STOPPED = 12, 6, 40, 64
 
 def fit(logdir, *extra):
     """Trains to the end or from wherever it stands; returns what two runs are compared by."""
-    made = trainer(*extra, LogMetrics(tk.Every(steps=5)), Checkpoint(tk.Every(steps=25), keep=2), logdir=logdir)
+    made = trainer(
+        *extra, LogMetrics(tk.Every(steps=5)), Checkpoint(tk.Every(steps=25), keep=2), logdir=logdir
+    )
     rows = np.random.default_rng(0).normal(size=4 * PER_EPOCH).astype(np.float32)
     result = made.fit(
         tk.data.Arrays(rows, 4, shuffle=True, seed=1),
