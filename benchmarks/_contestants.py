@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import inspect
 import io
 import time
 from collections.abc import Callable, Iterator
@@ -144,10 +143,8 @@ def trainkit_full(task: Task, tmp: str, **arguments: Any) -> Running:
         _log(),
         tk.callbacks.Progress(stream=Terminal()),
         tk.callbacks.LearningRate(schedule=optax.constant_schedule(1e-3)),
+        tk.callbacks.NanGuard("skip"),
     ]
-    # Until it is merged: NanGuard is on a branch of its own.
-    if hasattr(tk.callbacks, "NanGuard"):
-        callbacks.append(tk.callbacks.NanGuard("skip"))
     return fitting(task, callbacks=callbacks, logdir=tmp, **arguments)
 
 
@@ -156,7 +153,7 @@ def fitting(task: Task, **arguments: Any) -> Running:
     import trainkit as tk
 
     workload = _workloads.load(task)
-    trainer = _workloads.trainer(workload, **accepted(arguments))
+    trainer = _workloads.trainer(workload, **arguments)
     source = tk.data.Arrays(workload.arrays, workload.batch_size, shuffle=True)
     return fits(trainer, source)
 
@@ -171,20 +168,9 @@ def fits(trainer: Any, source: Any) -> Running:
     return Running(run, lambda: trainer.state.params, lambda: {"summary": _choices(trainer)})
 
 
-def accepted(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments that this trainkit has.
-
-    Until it is merged: `steps_per_call` and `cpu_settings` are on a branch of their own; then this goes.
-    """
-    import trainkit as tk
-
-    known = inspect.signature(tk.Trainer).parameters
-    return {name: value for name, value in arguments.items() if name in known}
-
-
 def _choices(trainer: Any) -> list[str]:
     """Returns the lines of the summary that say how steps are run."""
-    words = ("steps per call", "steps_per_call", "scheduler", "allocator", "malloc", "on the device", "fused")
+    words = ("steps per call", "allocator")
     return [line.strip() for line in trainer.summary().splitlines() if any(word in line for word in words)]
 
 

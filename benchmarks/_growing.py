@@ -5,7 +5,7 @@ from typing import Any
 
 import _workloads
 import optax
-from _contestants import accepted, compiled_step, fits, fitting, hand_loop, tuned_loop
+from _contestants import compiled_step, fits, fitting, hand_loop, tuned_loop
 from _task import Make, Running, Task
 from _workloads import Workload
 from flax import linen as nn
@@ -55,7 +55,7 @@ def by_trainkit(task: Task, tmp: str, **arguments: Any) -> Running:
 
     workload = workload_of(task)
     quiet = tk.callbacks.LogMetrics(every=tk.Never())
-    trainer = _workloads.trainer(workload, callbacks=[quiet], **accepted(arguments))
+    trainer = _workloads.trainer(workload, callbacks=[quiet], **arguments)
     return fits(trainer, tk.data.Arrays(workload.arrays, workload.batch_size, shuffle=True))
 
 

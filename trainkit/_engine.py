@@ -198,6 +198,7 @@ class Engine:
             outputs=(Role.WHOLE, Role.ROWS),
         )
         prepared = self._prepare("evaluation", self.steps.evaluate, compiled, state, traits, feed)
+        self._wait_for("evaluation")
         zero = self.strategy.replicate(jnp.zeros((), jnp.int32))
         return prepared._replace(empty=(prepared.empty, zero))
 

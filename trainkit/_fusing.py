@@ -9,6 +9,7 @@ import numpy as np
 
 from trainkit._choice import Choice
 from trainkit._feed import Fed
+from trainkit._tree import is_key
 from trainkit._typing import PyTree
 from trainkit.parallel._strategy import Role, Strategy
 
@@ -172,7 +173,7 @@ class Programs:
 def _spec(leaf: Any) -> Any:
     # An array that is free to move must stay so: else the step alone, given what this returned, compiles again.
     sharding = leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
-    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    dtype = leaf.dtype if is_key(leaf) else jax.dtypes.canonicalize_dtype(leaf.dtype)
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
 

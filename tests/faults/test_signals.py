@@ -43,9 +43,13 @@ def at(hook, step, act):
     return Lambda(**{hook: lambda info: act() if info.step == step else None})
 
 
+def each_step(info):
+    """Has every step be a call of its own, which is what a signal lets end."""
+
+
 # Phase, the callback that sends, and the step at which the fit ends.
 PHASES = {
-    "begin": (lambda act: Lambda(on_fit_start=lambda info: act()), 1),
+    "begin": (lambda act: Lambda(on_fit_start=lambda info: act(), on_step=each_step), 1),
     "training": (lambda act: at("on_step", 7, act), 7),
     "evaluation": (lambda act: at("on_eval_start", 5, act), 5),
     "after an evaluation": (lambda act: at("on_eval_end", 5, act), 5),
@@ -116,7 +120,9 @@ class SendsWhereTraced(WeightTrainer):
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_signal_while_the_step_is_compiled(tmp_path, handlers, times):
-    trained = SendsWhereTraced(Weight(), optax.sgd(1.0), callbacks=make(None)._callbacks, logdir=tmp_path)
+    trained = SendsWhereTraced(
+        Weight(), optax.sgd(1.0), callbacks=make(None, Lambda(on_step=each_step))._callbacks, logdir=tmp_path
+    )
     trained.init(np.zeros(4, np.float32))
     trained.act = lambda: send("SIGINT", times)
     if times == 1:

@@ -40,9 +40,9 @@ LAYOUTS: dict[str, Callable[[], tk.parallel.Strategy]] = {
     "Pmap 2": lambda: Pmap(devices=first(2)),
 }
 PAIRS = [
-    *((name, name) for name in LAYOUTS),
+    *((name, name) for name in ("jit 8", "fsdp 8", "fsdp 4, tensor 2", "PerExample 8", "Pmap 8")),
     ("jit 8", "jit 2"),
-    ("jit 8", "jit 1"),
+    ("jit 2", "jit 1"),
     ("jit 1", "jit 8"),
     ("jit 8", "fsdp 8"),
     ("fsdp 8", "fsdp 4, tensor 2"),
@@ -50,7 +50,7 @@ PAIRS = [
     ("fsdp 4, tensor 2", "jit 1"),
     ("PerExample 8", "PerExample 1"),
     ("Pmap 8", "Pmap 2"),
-    ("Pmap 2", "jit 8"),
+    ("Pmap 8", "jit 8"),
 ]
 FOUND = {}
 
@@ -116,8 +116,7 @@ def trainer(layout, logdir=None):
 
 def run(layout, logdir, steps):
     made, data = trainer(layout, logdir), Seen()
-    evaluation = tk.data.Arrays(arrays(40, 5), 16)
-    result = made.fit(data, steps=steps, eval_data=evaluation, eval_every=EVERY, resume=True)
+    result = made.fit(data, steps=steps, resume=True)
     state = result.state.replace(rng=jax.random.key_data(result.state.rng))
     named = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
     return Ran(result, {jax.tree_util.keystr(path): leaf for path, leaf in named}, data.log)
@@ -169,16 +168,10 @@ def test_a_run_goes_on_on_another_layout(saved, whole, tmp_path, before, after):
         np.testing.assert_allclose(rows, one.result.history[name], err_msg=name, rtol=2e-4)
 
 
-def test_from_eight_devices_to_two_to_one(saved, whole, tmp_path):
-    folder = shutil.copytree(saved("jit 8")[0], tmp_path / "run")
-    run("jit 2", folder, 12)
-    found, one = run("jit 1", folder, STEPS), whole("jit 1")
-    for name, leaf in found.leaves.items():
-        np.testing.assert_allclose(leaf, one.leaves[name], err_msg=name, **CLOSE)
-
-
-@pytest.mark.parametrize("after", ["fsdp 8", "fsdp 4, tensor 2", "fsdp 2", "jit 2", "Pmap 8"])
-@pytest.mark.parametrize("has_state", [True, False])
+@pytest.mark.parametrize(
+    ("after", "has_state"),
+    [("fsdp 8", True), ("fsdp 4, tensor 2", False), ("fsdp 2", True), ("fsdp 2", False), ("jit 2", False)],
+)
 def test_each_device_gets_its_share_and_no_more(saved, monkeypatch, after, has_state):
     """The arrays come from the files to where they stay: no device, and no host, has the whole of one between."""
     loaded = []
@@ -194,7 +187,7 @@ def test_each_device_gets_its_share_and_no_more(saved, monkeypatch, after, has_s
         made.init({**arrays(16), "id": np.arange(16)})
     made.restore(saved("fsdp 8")[0])
     (named,) = loaded
-    parts = {"fsdp 8": 8, "fsdp 4, tensor 2": 8, "fsdp 2": 2, "jit 2": 1, "Pmap 8": 1}[after]
+    parts = {"fsdp 8": 8, "fsdp 4, tensor 2": 8, "fsdp 2": 2, "jit 2": 1}[after]
     kernel = named["params/Dense_0/kernel"]  # [8, 16]
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // parts}
     state = dict(named_leaves(made.state))
