@@ -25,7 +25,7 @@ MULTI_DEVICE_ENV := NPROC=16 XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_d
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types test-single test-multi coverage slow format docs bench clean
+.PHONY: help demo test lint types test-single test-multi coverage slow faults format docs bench clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,11 @@ coverage: $(VENV)/.stamp-dev
 slow: $(VENV)/.stamp-dev ## the tests marked slow, which `make test` leaves out
 	$(MULTI_DEVICE_ENV) $(BIN)/python -m pytest -m slow tests/multi_device $(ARGS)
 	$(BIN)/python -m pytest -m slow --ignore=tests/multi_device $(ARGS)
+
+faults: $(VENV)/.stamp-dev ## kill a run a hundred times, and signal it; compare what comes of it
+	$(BIN)/python -m tests.faults.kill --kills 100 $(ARGS)
+	$(BIN)/python -m tests.faults.kill --kills 20 --signal SIGTERM
+	$(BIN)/python -m tests.faults.kill --kills 20 --signal SIGINT
 
 format: $(VENV)/.stamp-dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix $(RUFF_PATHS)

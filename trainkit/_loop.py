@@ -111,14 +111,6 @@ class Loop:
         """The train state after the last step."""
         return with_typed_key(self._raw, self._impl)
 
-    @property
-    def choice(self) -> Choice | None:
-        """How steps are put into calls; None while that is being measured.
-
-        Given to the loop that goes on from here, it makes the same calls as this one would.
-        """
-        return self._prepared.calls.choice
-
     # One fit --------------------------------------------------------------------------------------------------
 
     def run(self) -> FitResult:

@@ -57,12 +57,15 @@ class Run:
         if newest is None:
             # Killed before its first checkpoint, a run leaves logs all the same.
             writer.rewind(step, ())
-            self._catching_up = False
             return None
         store, saved = newest[0], load_saved(*newest)
-        self._catching_up = saved.fit > self.fits + 1
         self.set_to(saved)
         return store, saved
+
+    def begin(self, saved: Saved | None) -> None:
+        """Notes that a fit begins, with what `find` found; called when nothing can be wrong with that any more."""
+        self.fits += 1
+        self._catching_up = saved is not None and saved.fit > self.fits
 
     def set_to(self, saved: Saved) -> None:
         """Stands where `saved` was."""

@@ -250,8 +250,8 @@ class Trainer(Overridable):
                 current = self._state or self._engine.init_spec(first)
                 self._state = restore_state(self._engine, found[0], found[1].step, current)
                 self._shown = False
-            self._run.fits += 1
             if saved is not None and saved.fit > request.fit:
+                self._run.begin(saved)
                 # The run was in a later fit when it ended: this one is done.
                 return FitResult(
                     state=self.state,
@@ -273,6 +273,7 @@ class Trainer(Overridable):
                 interrupts=interrupts,
                 resumed=saved,
             )
+            self._run.begin(saved)
             try:
                 return loop.run()
             finally:

@@ -90,8 +90,10 @@ class MultiWriter(MetricWriter):
         self._each("write_hparams", hparams)
 
     def rewind(self, step: int, names: Collection[str]) -> None:
-        """Takes back from every writer that can."""
-        self._each("rewind", step, names)
+        """Takes back from every writer that can; raises what they raise, since the log would be wrong for good."""
+        for index, writer in enumerate(self._writers):
+            if index not in self._failed and hasattr(writer, "rewind"):  # CLU's writers know no way back
+                writer.rewind(step, names)
 
     def flush(self) -> None:
         """Flushes every writer."""
@@ -118,8 +120,6 @@ class MultiWriter(MetricWriter):
         writer = self._writers[index]
         name = type(writer).__name__
         try:
-            if method == "rewind" and not hasattr(writer, method):
-                return  # CLU's writers know no way back
             if method in _OPTIONAL and not hasattr(writer, method):
                 raise NotImplementedError(f"it has no {method}")
             getattr(writer, method)(*args, **kwargs)
