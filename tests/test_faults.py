@@ -128,7 +128,7 @@ def test_a_fit_ended_by_an_exception_has_its_logs(tmp_path):
     )
     with pytest.raises(ValueError, match="enough"):
         made.fit(numbers(*range(1, 31)), epochs=1)
-    assert logged(tmp_path, "train/loss") == made._history["train/loss"] == means(5, 10, 15, 20)
+    assert logged(tmp_path, "train/loss") == made.history["train/loss"] == means(5, 10, 15, 20)
     # The second fit adds its own, and repeats none.
     made.fit(numbers(*range(1, 31)), steps=1)
     assert logged(tmp_path, "train/loss")[:4] == means(5, 10, 15, 20)

@@ -311,7 +311,7 @@ def test_candidates():
 class Inline:
     """A thread that has ended when it has started, so that the number of steps does not depend on the machine."""
 
-    def __init__(self, target, args, name):
+    def __init__(self, target, args=(), name=""):
         self.start = lambda: target(*args)
 
     def is_alive(self):

@@ -232,7 +232,14 @@ def broken_and_resumed(logdir, break_off, accumulate=1):
     return first, second, second.fit()
 
 
-@pytest.mark.parametrize("step", range(1, STEPS + 1))
+# Around saves, evaluations and ends of passes; the others take minutes.
+QUICK = (1, 2, 5, 6, 7, 8, 9, 12, 24, 30, 39, 40)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(step, marks=() if step in QUICK else pytest.mark.slow) for step in range(1, STEPS + 1)],
+)
 def test_a_run_broken_off_by_sigterm_after_any_step_ends_as_if_it_was_not(tmp_path, whole, step):
     expected, logs, seen = whole(1)
     first, second, result = broken_and_resumed(tmp_path, BreakOff(step))

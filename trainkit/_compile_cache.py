@@ -26,6 +26,9 @@ def kept_on_disk(logdir: pathlib.Path | None) -> Iterator[None]:
     if logdir is None or config.jax_compilation_cache_dir:
         yield
         return
+    if jax.process_index() and not (logdir / FOLDER).is_dir():
+        yield  # of several processes the first writes; the others read what is there
+        return
     ours = {
         "jax_compilation_cache_dir": str(logdir.absolute() / FOLDER),
         "jax_persistent_cache_min_compile_time_secs": _LEAST_SECONDS,

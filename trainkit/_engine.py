@@ -82,7 +82,7 @@ class Engine:
         """Notes that steps of some kinds are being compiled, and when that is done."""
         self._expected = kinds
 
-    def _wait_for(self, kind: str) -> None:
+    def wait_for(self, kind: str) -> None:
         """Waits until the steps of a kind are compiled, where that is under way: it would be done twice."""
         if kind in self._expected:
             self._expected.pop(kind).wait()
@@ -175,7 +175,6 @@ class Engine:
             donate=(0,),
         )
         prepared = self._prepare("training", self.steps.train, compiled, state, traits, feed)
-        self._wait_for("training")
         self._last_calls = prepared.calls
         return prepared
 
@@ -198,7 +197,7 @@ class Engine:
             outputs=(Role.WHOLE, Role.ROWS),
         )
         prepared = self._prepare("evaluation", self.steps.evaluate, compiled, state, traits, feed)
-        self._wait_for("evaluation")
+        self.wait_for("evaluation")
         zero = self.strategy.replicate(jnp.zeros((), jnp.int32))
         return prepared._replace(empty=(prepared.empty, zero))
 

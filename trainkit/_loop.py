@@ -230,6 +230,7 @@ class Loop:
                 f"the training source gave no batch in epoch {self.position.epoch}. It must give batches for every "
                 "epoch; an iterator that is used up can be wrapped in a function that opens a new one."
             )
+        self._engine.wait_for("training")
         calls.open(self._raw, metrics.packed, intake.first())
         due, alarm, interrupts = self._due(), self._alarm(), self._interrupts
         while more:

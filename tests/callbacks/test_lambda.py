@@ -8,7 +8,7 @@ from trainkit.callbacks import Callback, Lambda, Stop
 
 HOOKS = [
     *("on_fit_start", "on_epoch_start", "on_step", "on_eval_start", "on_eval_end", "on_epoch_end"),
-    *("on_fit_end", "on_exception", "close"),
+    *("on_save", "on_fit_end", "on_exception", "close"),
 ]
 OTHERS = ["state_dict", "load_state_dict", "step_hook"]
 

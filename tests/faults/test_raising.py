@@ -99,7 +99,7 @@ class BrokenWriter(NullWriter):
         self._called("flush")
 
 
-@pytest.mark.parametrize("method", ["write_scalars", "flush", "rewind"])
+@pytest.mark.parametrize("method", ["write_scalars", "flush"])
 def test_a_writer_that_raises_is_left_out_and_the_run_is_whole(tmp_path, method):
     with pytest.raises(RuntimeError, match="broken in on_step"):
         fit(make(tmp_path, Raises("on_step", 9)))
@@ -107,6 +107,15 @@ def test_a_writer_that_raises_is_left_out_and_the_run_is_whole(tmp_path, method)
     with pytest.warns(UserWarning, match=rf"BrokenWriter\.{method} failed with OSError: broken"):
         result = fit(broken)
     check_whole(tmp_path, result)
+
+
+def test_a_log_that_cannot_be_set_back_ends_the_resume_before_anything_is_lost(tmp_path):
+    with pytest.raises(RuntimeError, match="broken in on_step"):
+        fit(make(tmp_path, Raises("on_step", 9)))
+    broken = make(tmp_path, writers=[BrokenWriter("rewind", OSError)])
+    with pytest.raises(OSError, match="broken in rewind"):
+        fit(broken)
+    check_whole(tmp_path, fit(make(tmp_path)))
 
 
 @pytest.mark.parametrize("method", ["write_scalars", "flush"])

@@ -21,6 +21,7 @@ class Lambda(Callback):
         on_eval_start: the same.
         on_eval_end: the same.
         on_epoch_end: the same.
+        on_save: the same.
         on_fit_end: the same.
         on_exception: `f(info, exc)`.
         close: `f()`.
@@ -43,6 +44,7 @@ class Lambda(Callback):
         on_eval_start: _Hook = None,
         on_eval_end: _Hook = None,
         on_epoch_end: _Hook = None,
+        on_save: _Hook = None,
         on_fit_end: _Hook = None,
         on_exception: Callable[[Info, BaseException], None] | None = None,
         close: Callable[[], None] | None = None,
