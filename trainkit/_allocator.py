@@ -5,9 +5,13 @@ the kernel, so each step touches all of its temporary memory for the first time 
 """
 
 import ctypes
+import importlib.util
 import os
 import platform
 import sys
+from typing import Any
+
+import jax
 
 SWITCH = "TRAINKIT_CPU_SETTINGS"
 """Environment variable; `0` leaves the allocator and the scheduler as they are."""
@@ -15,7 +19,8 @@ SWITCH = "TRAINKIT_CPU_SETTINGS"
 # From <malloc.h>: parameter, value.
 _TRIM_THRESHOLD = (-1, 2**31 - 1)
 _MMAP_THRESHOLD = (-3, 1 << 30)
-# One arena: else each thread of XLA keeps its own freed blocks.
+# One arena: else each thread of XLA has its own, whose large blocks go back to the kernel whatever the thresholds.
+# A thread keeps the arena of its first allocation, so this is to be set before XLA starts.
 _ARENA_MAX = (-8, 1)
 
 _applied = False
@@ -29,6 +34,15 @@ def switched_on() -> bool:
 def freed_memory_is_kept() -> bool:
     """Says whether `keep_freed_memory` has been called, and could set what it sets."""
     return _applied
+
+
+def only_cpu() -> bool:
+    """Says whether JAX can only run on the CPU, without starting it: what is asked for, else what is installed."""
+    config: Any = jax.config
+    platforms: str | None = config.jax_platforms
+    if platforms:
+        return platforms.split(",")[0] == "cpu"
+    return all(importlib.util.find_spec(name) is None for name in ("jax_plugins", "libtpu"))
 
 
 def keep_freed_memory() -> bool:

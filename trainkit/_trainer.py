@@ -10,7 +10,7 @@ import jax
 import optax
 
 from trainkit._ahead import compile_ahead
-from trainkit._allocator import freed_memory_is_kept, keep_freed_memory, switched_on
+from trainkit._allocator import freed_memory_is_kept, keep_freed_memory, only_cpu, switched_on
 from trainkit._arguments import (
     check_accumulate,
     check_callbacks,
@@ -129,6 +129,8 @@ class Trainer(Overridable):
         self._run = Run()
         self._keep_compiled = keep_compiled
         self._cpu_settings = cpu_settings and switched_on()
+        if self._cpu_settings and only_cpu():
+            keep_freed_memory()  # here, because it does nothing to the threads of a JAX that has started
         self._settings = CallSettings(check_steps_per_call(steps_per_call), self._cpu_settings)
         self._state: TrainState | None = None
         self._shown = False
