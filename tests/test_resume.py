@@ -6,7 +6,6 @@ import signal
 
 import flax
 import jax
-import jax.experimental.compilation_cache.compilation_cache
 import numpy as np
 import optax
 import pytest
@@ -15,6 +14,7 @@ from flax import linen as nn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import trainkit as tk
+from tests.compiled import kept_in
 
 STEPS_PER_EPOCH, EPOCHS = 8, 5
 STEPS = STEPS_PER_EPOCH * EPOCHS
@@ -191,18 +191,8 @@ def scalars_of(logdir):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
     """Keeps what is compiled on disk: each test makes two trainers of the same programs."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    with kept_in(tmp_path_factory.mktemp("cache")):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Callable
 
 import jax
-import jax.experimental.compilation_cache.compilation_cache
 import numpy as np
 import optax
 import pytest
 
 import trainkit as tk
+from tests.compiled import kept_in
 from tests.digits import Net, NetTrainer, arrays
 from trainkit._tree import named_leaves
 from trainkit.checkpoint._store import Store
@@ -57,18 +57,8 @@ FOUND = {}
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once(tmp_path_factory):
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    with kept_in(tmp_path_factory.mktemp("cache")):
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

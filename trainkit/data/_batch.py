@@ -1,20 +1,16 @@
-"""Host-side functions on one batch: its size, its checks, padding, stacking and signature.
+"""Host-side functions on one batch: its size, its checks and padding.
 
 Owns the rules of what a batch is. Does not know where batches come from nor what a step does with them.
 """
 
-from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainkit._tree import differences, named_leaves, path_name
+from trainkit._tree import named_leaves
 from trainkit._typing import Batch, PyTree
-
-Signature = tuple[Any, tuple[tuple[tuple[int, ...], Hashable], ...]]
-"""The tree structure of a batch, and the shape and dtype of each of its leaves."""
 
 
 def batch_size_of(batch: Batch) -> int:
@@ -100,43 +96,6 @@ def mask(rows: int, real: int) -> np.ndarray:
 def unpad(tree: PyTree, real: int) -> PyTree:
     """Returns `tree` with the first `real` rows of every leaf that has rows."""
     return jax.tree.map(lambda leaf: leaf[:real] if _shape_and_dtype(leaf)[0] else leaf, tree)
-
-
-def stack(batches: Sequence[Batch]) -> Batch:
-    """Returns the batches stacked on a new leading axis, `[len(batches), batch, ...]`; 0-d leaves become 1-d.
-
-    Raises:
-        ValueError: there is no batch, or two differ in structure, shapes or dtypes.
-    """
-    if not batches:
-        raise ValueError("Can't stack 0 batches: give at least one.")
-    first = signature(batches[0])
-    for index, batch in enumerate(batches):
-        other = signature(batch)
-        if other != first:
-            raise ValueError(f"Can't stack batch {index} on batch 0: {explain_change(first, other)}.")
-    return jax.tree.map(lambda *leaves: _module(leaves[0]).stack(leaves), *batches)
-
-
-def signature(batch: Batch) -> Signature:
-    """Returns what a compiled step is specialised on: a hashable value, equal for batches of equal make."""
-    leaves, structure = jax.tree_util.tree_flatten(batch)
-    return structure, tuple([_shape_and_dtype(leaf) for leaf in leaves])
-
-
-def explain_change(old: Signature, new: Signature) -> str:
-    """Returns in words how signature `new` differs from `old`, naming the leaves."""
-    lines = differences(_described(old), _described(new))
-    if not lines and old != new:
-        lines = [f"containers: {old[0]} -> {new[0]}"]
-    return "; ".join(lines) or "nothing changed"
-
-
-def _described(made: Signature) -> dict[str, str]:
-    structure, specs = made
-    numbered = jax.tree_util.tree_unflatten(structure, range(len(specs)))
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(numbered)]
-    return {path: f"{dtype}{list(shape)}" for path, (shape, dtype) in zip(paths, specs, strict=True)}
 
 
 def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
