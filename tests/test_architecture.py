@@ -55,7 +55,17 @@ LAYERS = (
     Layer(
         "L2",
         (
-            *("_step", "_checks", "_feed", "_engine", "_windows", "_result", "_recording", "_overview"),
+            *(
+                "_step",
+                "_checks",
+                "_feed",
+                "_held",
+                "_engine",
+                "_windows",
+                "_result",
+                "_recording",
+                "_overview",
+            ),
             *("_diagnosis", "_overridable", "_restoring", "_resuming", "_saved", "_timetable", "_ahead"),
             *("_fusing", "_tuning", "_calls", "_remembered"),
             "export",

@@ -269,6 +269,14 @@ def test_auto_stays_with_single_steps_where_nothing_gains():
     assert steps <= 20
 
 
+def test_auto_measures_large_steps_in_few_of_them():
+    tuner, clock = new_tuner()
+    unrolled = Choice("unrolled", 4)
+    steps, _ = race(tuner, clock, {SINGLE: 0.09, unrolled: 0.08, Choice("scanned", 5): 0.2})
+    assert tuner.choice == unrolled
+    assert steps <= 30
+
+
 def test_auto_compiles_nothing_for_a_fit_that_ends_before_it_would_pay():
     tuner, clock = new_tuner()
     race(tuner, clock, SPEEDS, steps=6_000)  # 0.6 s of steps, and 1 s to compile
@@ -301,9 +309,10 @@ def test_candidates():
     convolution = "stablehlo.convolution"
     assert found(1e-4) == {"scanned 50"}
     assert found(1e-4, convolution) == {"unrolled 4"}
-    assert found(1e-2) == {"scanned 10", "unrolled 4"}
-    assert found(0.03, convolution) == {"unrolled 3"}
-    assert found(0.2) == found(1e-2, platform="gpu") == set()
+    assert found(1e-2) == {"scanned 50", "unrolled 4"}
+    assert found(0.03, convolution) == {"unrolled 4"}
+    assert found(0.2, convolution) == {"unrolled 2"}  # no more than half a second of work
+    assert found(0.3) == found(1e-2, platform="gpu") == set()
     assert found(1e-4, size=2**20) == {"scanned 16"}  # no more than 16 MiB of batches
     assert found(1e-4, convolution, platform="gpu") == {"scanned 50"}
 
@@ -382,7 +391,7 @@ def test_a_choice_that_is_given_is_not_measured(sizes):
     trainer.fit(batches(4), epochs=1)
     begin = Calls.begin
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Calls, "begin", lambda self, given, steps: begin(self, Choice("scanned", 4), steps))
+        patch.setattr(Calls, "begin", lambda self, given, *rest: begin(self, Choice("scanned", 4), *rest))
         trainer.fit(batches(8), epochs=1)
     assert sizes[-2:] == [4, 4]
     assert trainer._engine._last_calls.choice == Choice("scanned", 4)

@@ -14,6 +14,7 @@ from flax import linen as nn
 import trainkit as tk
 from tests.compare import assert_same
 from tests.digits import CLASSES, Net, NetTrainer, arrays, batches
+from trainkit import _history
 
 
 def start(model, tx, batch, seed=0):
@@ -365,3 +366,16 @@ def test_summary_counts_and_bytes():
     assert f"{count:,} values" in text
     assert f"{4 * count:,} bytes" in text
     assert "hooks/ema" in text
+
+
+def test_a_history_takes_16_bytes_a_value_and_lets_the_oldest_go(monkeypatch):
+    monkeypatch.setattr(_history, "_MOST_VALUES", 100)
+    history = _history.History()
+    for step in range(1, 1001):
+        history.append(step, {"train/loss": 1 / step})
+        assert len(history["train/loss"]) <= 100
+    kept = history["train/loss"]
+    assert kept == [(step, 1 / step) for step in range(1001 - len(kept), 1001)]
+    assert len(kept) >= 75
+    saved = history.state_dict()["train/loss"]
+    assert saved["steps"].nbytes + saved["values"].nbytes == 16 * len(kept)

@@ -6,6 +6,7 @@ its calls, so nothing is handed over.
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,7 +30,9 @@ def compile_ahead(
         evaluations: the evaluation data; those that can't be read from anywhere are left alone.
     """
     state = engine.init_spec(first)
-    jobs = [_job(engine.prepare_train(state, source, first, rows), state, first)]
+    supply = engine.supply(source)
+    prepared = engine.prepare_train(state, source, first, rows)
+    jobs = [_job(prepared, state, supply.like(first), supply.held)]
     for evaluation in evaluations.values():
         batch = next(engine.batches(evaluation, 0), None) if evaluation.seekable else None
         if batch is not None:
@@ -48,8 +51,14 @@ def compile_ahead(
     threading.Thread(target=work, name="trainkit-compile").start()
 
 
-def _job(prepared: Prepared, state: Any, batch: Any) -> Callable[[], Any]:
+def _job(prepared: Prepared, state: Any, batch: Any, *held: Any) -> Callable[[], Any]:
     fed = prepared.feed.place(batch)
     step: Any = prepared.step
     raw = jax.eval_shape(with_raw_key, state)
-    return lambda: step.lower(raw, prepared.empty, fed.batch, fed.mask).compile()
+
+    def job() -> None:
+        begun = time.perf_counter()
+        step.lower(raw, prepared.empty, *held, fed.batch, fed.mask).compile()
+        prepared.calls.compiled_in = time.perf_counter() - begun
+
+    return job

@@ -3,11 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from trainkit._choice import SINGLE, Choice
 from trainkit._feed import Fed
 from trainkit._fusing import Make, Programs, make_of
+from trainkit._held import NOTHING
 from trainkit._remembered import Remembered, cache_folder
 from trainkit._tuning import Tuner, convolves
+from trainkit._typing import PyTree
 from trainkit.parallel._strategy import Strategy
 
 
@@ -30,8 +34,11 @@ ONE_BY_ONE = CallSettings()
 class Calls:
     """Runs training steps, one or several a call.
 
+    Attributes:
+        compiled_in: seconds that compiling the single step took, where that was done ahead.
+
     Args:
-        step: `step(raw, packed, batch, mask) -> (raw, packed)`, pure.
+        step: `step(raw, packed, held, batch, mask) -> (raw, packed)`, pure.
         single: `step` compiled.
         strategy: compiles calls of several.
         settings: of the user.
@@ -41,8 +48,10 @@ class Calls:
         self, step: Callable[..., Any], single: Callable[..., Any], strategy: Strategy, settings: CallSettings
     ) -> None:
         self._step, self._single, self._strategy, self._settings = step, single, strategy, settings
+        self.compiled_in = 0.0
+        self._held: PyTree = NOTHING
         self._given: Choice | None = None
-        self._tuners: dict[Make, Tuner] = {}
+        self._tuners: dict[tuple[Make, Any], Tuner] = {}
         self._tuner: Tuner | None = None
         self._make: Make | None = None
 
@@ -52,21 +61,26 @@ class Calls:
         return SINGLE if self._alone else self._tuner and self._tuner.choice
 
     def describe(self) -> str:
-        """Returns the choice in a few words, with the bytes of the batches that one call takes together."""
-        choice = self.choice
+        """Returns the choice in a few words, with the bytes of what one call takes together and what is held."""
+        choice, said = self.choice, "single"
         if choice is None:
-            return "single (being measured)" if self._tuner else "single"
-        if self._tuner is None or choice.size == 1:
-            return str(choice)
-        return f"{choice}, {choice.size * self._tuner.programs.bytes:,} bytes of batches a call"
+            said = "single (being measured)" if self._tuner else "single"
+        elif self._tuner is not None:
+            said = str(choice)
+            if choice.size > 1:
+                said += f", {choice.size * self._tuner.programs.bytes:,} bytes of batches a call"
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(self._held))
+        return f"{said}; {held:,} bytes of data on the device" if held else said
 
-    def begin(self, given: Choice | None, steps: float | None) -> None:
+    def begin(self, given: Choice | None, steps: float | None, held: PyTree = NOTHING) -> None:
         """Begins a fit.
 
         Args:
             given: the choice of the run that is resumed, None to find one.
             steps: that the fit is going to run, None where it is not known.
+            held: data on the device from which steps pick the rows that they are given the numbers of.
         """
+        self._held = held
         # A number of steps that the user gave leaves nothing open.
         self._given = given if self._settings.steps_per_call is None else None
         self._remaining, self._tuner = steps or 0, None
@@ -79,9 +93,10 @@ class Calls:
         if self._make is None:
             self._tuner = None
             return
-        known = self._tuners.get(self._make)
+        kind = self._make, jax.tree.structure(self._held)
+        known = self._tuners.get(kind)
         if known is None:
-            known = self._tuners[self._make] = self._new_tuner(raw, packed, first)
+            known = self._tuners[kind] = self._new_tuner(raw, packed, first)
         if known is not self._tuner:
             self._tuner = known
             self._settle(known)
@@ -102,10 +117,10 @@ class Calls:
         tuner = self._tuner
         run = None if tuner is None else tuner.runs.get(tuner.current)
         if run is not None and self._fits(tuner, feds):
-            raw, packed = run(raw, packed, feds)
+            raw, packed = run(raw, packed, self._held, feds)
         else:
             for fed in feds:
-                raw, packed = self._single(raw, packed, fed.batch, fed.mask)
+                raw, packed = self._single(raw, packed, self._held, fed.batch, fed.mask)
         if tuner is not None and tuner.choice is None:
             tuner.ran(len(feds), packed)
         return raw, packed
@@ -125,11 +140,16 @@ class Calls:
         return self._settings.steps_per_call == 1
 
     def _new_tuner(self, raw: Any, packed: Any, first: Fed) -> Tuner:
-        programs = Programs(self._step, self._single, self._strategy, first, raw, packed)
+        programs = Programs(self._step, self._single, self._strategy, first, raw, packed, self._held)
         folder = cache_folder() if self._settings.steps_per_call is None and programs.can_lower else None
         machine = (programs.platform, programs.device_kind, repr(self._settings))
         remembered = Remembered(folder, programs.text, *machine) if folder else None
-        return Tuner(programs, cpu_settings=self._settings.cpu_settings, remembered=remembered)
+        return Tuner(
+            programs,
+            cpu_settings=self._settings.cpu_settings,
+            compiled_in=self.compiled_in,
+            remembered=remembered,
+        )
 
     def _settle(self, tuner: Tuner) -> None:
         """Ends the measuring where the choice is given."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from trainkit._calls import ONE_BY_ONE, Calls, CallSettings
 from trainkit._feed import Feed, SharedFeed
+from trainkit._held import NOTHING, Supply, can_hold, pick
 from trainkit._state import TrainState, key_of
 from trainkit._step import Steps, Traits, explained_errors, with_raw_key
 from trainkit._tree import copy_arrays, describe, differences, is_key, key_generator, signature
@@ -77,6 +78,7 @@ class Engine:
         self._last_calls: Calls | None = None
         self._traits: dict[tuple[Any, ...], Traits] = {}
         self._expected: dict[str, threading.Event] = {}
+        self._held_spec: dict[str, str] | None = None
 
     def expect(self, **kinds: threading.Event) -> None:
         """Notes that steps of some kinds are being compiled, and when that is done."""
@@ -92,6 +94,17 @@ class Engine:
         if self.strategy.processes == 1:
             return iter(source.batches(epoch, start))
         return iter(source.global_batches(epoch, start))
+
+    def supply(self, source: Source) -> Supply:
+        """Says how the batches of a training source get to the step."""
+        whole = Supply(NOTHING, functools.partial(self.batches, source))
+        arrays = can_hold(source, self.strategy)
+        if arrays is None:
+            return whole
+        spec = signature(arrays.tree)
+        # To hold data of another size is another program; the one for batches fits them all.
+        self._held_spec = self._held_spec or spec
+        return Supply(arrays.tree, arrays.row_numbers) if spec == self._held_spec else whole
 
     def init(self, seed: int, batch: Batch | GlobalBatch) -> TrainState:
         """Returns a fresh state on the devices, initialised by one compiled program."""
@@ -170,11 +183,11 @@ class Engine:
         )
         compiled = functools.partial(
             self.strategy.compile,
-            inputs=(Role.STATE, Role.WHOLE, Role.ROWS, Role.ROWS),
+            inputs=(Role.STATE, Role.WHOLE, Role.WHOLE, Role.ROWS, Role.ROWS),
             outputs=(Role.STATE, Role.WHOLE),
             donate=(0,),
         )
-        prepared = self._prepare("training", self.steps.train, compiled, state, traits, feed)
+        prepared = self._prepare("training", self._train, compiled, state, traits, feed)
         self._last_calls = prepared.calls
         return prepared
 
@@ -230,8 +243,13 @@ class Engine:
         return state.replace(params=params, batch_stats=stats)
 
     def describe_calls(self) -> str:
-        """Returns in a few words how training steps are put into calls, e.g. `scanned 50 (measured), ...`."""
+        """Returns in a few words how training steps are put into calls and what they are given."""
         return "open until the first fit" if self._last_calls is None else self._last_calls.describe()
+
+    def _train(
+        self, accumulator: Accumulator, impl: str, raw: Any, packed: Any, held: Any, handed: Any, mask: Any
+    ) -> tuple[Any, Any]:
+        return self.steps.train(accumulator, impl, raw, packed, pick(held, handed), mask)
 
     def _feed(self, **options: Any) -> Feed:
         return (Feed if self.strategy.processes == 1 else SharedFeed)(self.strategy, **options)

@@ -9,12 +9,13 @@ import numpy as np
 
 from trainkit._choice import Choice
 from trainkit._feed import Fed
+from trainkit._held import NOTHING
 from trainkit._tree import is_key
 from trainkit._typing import PyTree
 from trainkit.parallel._strategy import Role, Strategy
 
-Run = Callable[[Any, Any, Sequence[Fed]], tuple[Any, Any]]
-"""`run(raw, packed, feds) -> (raw, packed)`."""
+Run = Callable[[Any, Any, Any, Sequence[Fed]], tuple[Any, Any]]
+"""`run(raw, packed, held, feds) -> (raw, packed)`."""
 
 _MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 STACKED_BYTES = 16 * 2**20
@@ -65,12 +66,13 @@ class Programs:
     """The compiled calls for batches of one make.
 
     Args:
-        step: `step(raw, packed, batch, mask) -> (raw, packed)`, pure.
+        step: `step(raw, packed, held, batch, mask) -> (raw, packed)`, pure.
         single: `step` compiled by the strategy.
         strategy: compiles the others.
         example: a batch of the make.
         raw: the train state, with its key raw.
         packed: the carried metrics.
+        held: data on the device, from which steps pick rows.
     """
 
     def __init__(
@@ -81,10 +83,11 @@ class Programs:
         example: Fed,
         raw: Any,
         packed: Any,
+        held: Any = NOTHING,
     ) -> None:
         self._step, self.single, self._strategy = step, single, strategy
         # Shapes and layouts are all that lowering needs: the first call takes the buffers.
-        self._example = jax.tree.map(_spec, (raw, packed, example.batch, example.mask))
+        self._example = jax.tree.map(_spec, (raw, packed, held, example.batch, example.mask))
         device_set = jax.tree.leaves(raw)[0].sharding.device_set
         self._device = next(iter(device_set))
         make = make_of(example)
@@ -122,18 +125,18 @@ class Programs:
         """Returns the program of `choice`, traced and not yet compiled."""
         if choice.kind == "single":
             return self._lowered_single()
-        raw, packed, batch, mask = self._example
+        raw, packed, held, batch, mask = self._example
         given = jax.tree.map(lambda leaf: _stacked_spec(leaf, choice.size), (batch, mask))
         if not self._stacked:
             given = tuple((one,) * choice.size for one in (batch, mask))
         fused = functools.partial(self._fused, choice)
         compiled: Any = self._strategy.compile(
             fused,
-            inputs=(Role.STATE, Role.WHOLE, Role.WHOLE, Role.ROWS, Role.ROWS),
+            inputs=(Role.STATE, Role.WHOLE, Role.WHOLE, Role.WHOLE, Role.ROWS, Role.ROWS),
             outputs=(Role.STATE, Role.WHOLE),
             donate=(0,),
         )
-        return compiled.lower(raw, packed, np.int32(choice.size), *given)
+        return compiled.lower(raw, packed, held, np.int32(choice.size), *given)
 
     def compile(self, choice: Choice, lowered: jax.stages.Lowered | None = None) -> Run:
         """Returns the compiled program of `choice`; may run in a thread when it is given `lowered`."""
@@ -141,11 +144,11 @@ class Programs:
         on_cpu = choice.scheduler == "memory" and self.platform == "cpu"
         compiled = lowered.compile(compiler_options=dict(_MEMORY) if on_cpu else None)
         if choice.kind == "single":
-            return lambda raw, packed, feds: compiled(raw, packed, feds[0].batch, feds[0].mask)
+            return lambda raw, packed, held, feds: compiled(raw, packed, held, feds[0].batch, feds[0].mask)
 
-        def run(raw: Any, packed: Any, feds: Sequence[Fed]) -> Any:
+        def run(raw: Any, packed: Any, held: Any, feds: Sequence[Fed]) -> Any:
             pack = _stacked if self._stacked else _listed
-            return compiled(raw, packed, np.int32(len(feds)), *pack(feds, choice.size))
+            return compiled(raw, packed, held, np.int32(len(feds)), *pack(feds, choice.size))
 
         return run
 
@@ -153,7 +156,9 @@ class Programs:
         single: Any = self.single
         return single.lower(*self._example)
 
-    def _fused(self, choice: Choice, raw: Any, packed: Any, count: Any, batches: Any, masks: Any) -> Any:
+    def _fused(
+        self, choice: Choice, raw: Any, packed: Any, held: Any, count: Any, batches: Any, masks: Any
+    ) -> Any:
         if not self._stacked:
             batches, masks = (
                 jax.tree.map(lambda *one: jax.numpy.stack(one), *all) for all in (batches, masks)
@@ -163,7 +168,7 @@ class Programs:
 
         def at(index: Any, carry: Any) -> Any:
             pick = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
-            return step(*carry, *jax.tree.map(pick, (batches, masks)))
+            return step(*carry, held, *jax.tree.map(pick, (batches, masks)))
 
         if choice.kind == "unrolled":
             return functools.reduce(lambda carry, index: at(index, carry), range(choice.size), (raw, packed))

@@ -1,13 +1,20 @@
-"""`History`: every scalar a run logged, by name. Filled by the loop's writer; owns no file."""
+"""`History`: the scalars a run logged, by name. Filled by the loop's writer; owns no file."""
 
+from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+_MOST_VALUES = 2**20
+_Series = tuple["array[int]", "array[float]"]
+
 
 class History(Mapping[str, list[tuple[int, float]]]):
     """The scalars of a run: `history["eval/loss"]` is a list of `(step, value)` pairs in order of steps.
+
+    Each value takes 16 bytes. Of a name that was logged more than 2**20 times the oldest values are let go, so that
+    no run, however long, fills the memory; in the log folder they stay.
 
     Example:
         >>> history = History()
@@ -17,19 +24,20 @@ class History(Mapping[str, list[tuple[int, float]]]):
     """
 
     def __init__(self) -> None:
-        self._series: dict[str, list[tuple[int, float]]] = {}
+        self._series: dict[str, _Series] = {}
 
     def append(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds values at `step`, updates completed."""
         for name, value in scalars.items():
-            self._series.setdefault(name, []).append((step, float(value)))
+            steps, values = self._series.setdefault(name, _series([], []))
+            steps.append(step)
+            values.append(float(value))
+            if len(steps) > _MOST_VALUES:
+                # Several at a time, since all that stay are moved.
+                del steps[: _MOST_VALUES // 4], values[: _MOST_VALUES // 4]
 
     def __getitem__(self, name: str) -> list[tuple[int, float]]:
-        if name not in self._series:
-            raise KeyError(
-                f"nothing was logged as {name!r}; the names are {', '.join(sorted(self._series)) or 'none'}"
-            )
-        return list(self._series[name])
+        return list(zip(*self._named(name), strict=True))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._series)
@@ -42,30 +50,27 @@ class History(Mapping[str, list[tuple[int, float]]]):
 
     def last(self, name: str) -> float:
         """Returns the newest value of `name`."""
-        return self[name][-1][1]
+        return self._named(name)[1][-1]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the steps, int64[n], and values, float64[n], of each name."""
         return {
-            name: {
-                "steps": np.array([step for step, _ in pairs], np.int64),
-                "values": np.array([value for _, value in pairs], np.float64),
-            }
-            for name, pairs in self._series.items()
+            name: {"steps": np.array(steps, np.int64), "values": np.array(values, np.float64)}
+            for name, (steps, values) in self._series.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Becomes what `state_dict` was called on."""
         self._series = {
-            name: list(zip(series["steps"].tolist(), series["values"].tolist(), strict=True))
+            name: _series(series["steps"].tolist(), series["values"].tolist())
             for name, series in state.items()
         }
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Returns one dict a step, in order: `{"step": 10, "train/loss": 0.5, ...}` with what was logged there."""
         rows: dict[int, dict[str, Any]] = {}
-        for name, pairs in self._series.items():
-            for step, value in pairs:
+        for name in self:
+            for step, value in self[name]:
                 rows.setdefault(step, {"step": step})[name] = value
         return [rows[step] for step in sorted(rows)]
 
@@ -76,4 +81,15 @@ class History(Mapping[str, list[tuple[int, float]]]):
         return {"step": np.array([row["step"] for row in rows], np.int64), **columns}
 
     def __repr__(self) -> str:
-        return f"History({', '.join(f'{name}: {len(pairs)}' for name, pairs in self._series.items())})"
+        return f"History({', '.join(f'{name}: {len(steps)}' for name, (steps, _) in self._series.items())})"
+
+    def _named(self, name: str) -> "_Series":
+        if name not in self._series:
+            raise KeyError(
+                f"nothing was logged as {name!r}; the names are {', '.join(sorted(self._series)) or 'none'}"
+            )
+        return self._series[name]
+
+
+def _series(steps: list[int], values: list[float]) -> "_Series":
+    return array("q", steps), array("d", values)

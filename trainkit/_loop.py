@@ -74,7 +74,9 @@ class Loop:
         self.stopped_by: str | None = None
         self._engine, self._request, self._history, self._clock = engine, request, history, clock
         self._interrupts = interrupts
-        self._batches: Iterator[Batch] | None = itertools.chain([first], batches)
+        self._supply = engine.supply(request.source)
+        # Where data are held their rows are numbered from here on.
+        self._batches = None if self._supply.holds else itertools.chain([first], batches)
         position.rows = request.source.batch_size or max(position.rows, batch_size_of(spec_of(first)))
         self._prepared = engine.prepare_train(state, request.source, first, position.rows)
         self._step = int(state.step) if resumed is None else resumed.step
@@ -84,7 +86,8 @@ class Loop:
             self._first_step, self._first_epoch = resumed.first_step, resumed.first_epoch
         self._plan = plan_of(request, self._step, position, self._first_step, self._first_epoch)
         given = None if resumed is None or resumed.choice is None else Choice.parse(resumed.choice)
-        self._prepared.calls.begin(given, self._plan.steps and self._plan.steps - self._step)
+        held = engine.strategy.replicate(self._supply.held)
+        self._prepared.calls.begin(given, self._plan.steps and self._plan.steps - self._step, held)
         self._metrics = TrainMetrics(self._prepared.accumulator, self._prepared.empty)
         self._record = Record(request.callbacks, writer, history, self._metrics)
         self._epoch_reader = self._metrics.reader("epoch")
@@ -215,7 +218,7 @@ class Loop:
     def _open_pass(self) -> Iterator[Batch]:
         batches, self._batches = self._batches, None
         if batches is None:
-            batches = self._engine.batches(self._request.source, self.position.epoch - 1, self.position.batch)
+            batches = self._supply.batches(self.position.epoch - 1, self.position.batch)
         return batches
 
     def _run_pass(self, batches: Iterator[Any]) -> None:
@@ -238,12 +241,11 @@ class Loop:
             try:
                 self._raw, metrics.packed = calls(self._raw, metrics.packed, feds)
             except Exception as error:
-                self._failures.note(self._step + 1, feds)
+                read = [fed._replace(batch=self._supply.read(fed.batch)) for fed in feds]
+                self._failures.note(self._step + 1, read)
                 if isinstance(error, TypeError):
-                    for fed in feds:
-                        check_batch(
-                            fed.batch
-                        )  # names the leaf that no step can take, where that was the reason
+                    for fed in read:  # names the leaf that no step can take, where that was the reason
+                        check_batch(fed.batch)
                 raise
             self._step += len(feds)
             self.position.batch += sum([fed.batches for fed in feds])

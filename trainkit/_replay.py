@@ -8,6 +8,7 @@ from typing import Any
 from trainkit._diagnosis import Diagnosis, diagnose
 from trainkit._engine import Engine, key_impl
 from trainkit._failures import kept_batches, kept_state
+from trainkit._held import NOTHING
 from trainkit._restoring import restore_built, restore_state
 from trainkit._saved import Saved, load_saved
 from trainkit._state import TrainState
@@ -95,7 +96,7 @@ class Replay:
         raw, packed = with_raw_key(state), prepared.empty
         for group in itertools.chain([first], itertools.islice(groups, steps - 1)):
             fed = self._placed(prepared.feed, group)
-            raw, packed = prepared.step(raw, packed, fed.batch, fed.mask)
+            raw, packed = prepared.step(raw, packed, NOTHING, fed.batch, fed.mask)
         return with_typed_key(raw, key_impl(state))
 
     def _diagnose(self, state: TrainState, batches: list[Batch], jit: bool) -> Diagnosis:

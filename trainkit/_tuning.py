@@ -21,11 +21,11 @@ from trainkit._typing import Clock
 _LOG = logging.getLogger("trainkit")
 
 # Signals and times wait for the end of a call.
-_LONGEST_CALL = 0.1
+_LONGEST_CALL = 0.5
 # The usual cadence of logs, so that a call ends where they are due.
 _MOST_STEPS = 50
-# Up to here a step is mostly its dispatch; from there on nothing is left to save.
-_SMALL_STEP, _LARGE_STEP = 3e-3, 0.05
+# Up to here a step is mostly its dispatch.
+_SMALL_STEP = 3e-3
 _WINDOW, _ROUNDS, _RACE = 0.01, 5, 1.0
 # What gains less is not worth a program of its own.
 _LEAST_GAIN = 0.98
@@ -44,7 +44,7 @@ def candidates(
         cpu_settings: whether XLA's scheduler may be chosen.
     """
     most = min(_MOST_STEPS, int(_LONGEST_CALL / seconds), STACKED_BYTES // max(size_bytes, 1))
-    if seconds > _LARGE_STEP or most < 2 or (platform != "cpu" and seconds > _SMALL_STEP):
+    if most < 2 or (platform != "cpu" and seconds > _SMALL_STEP):
         return []
     kinds = [Choice("scanned", most)]
     if platform == "cpu" and convolves(text):
@@ -75,6 +75,7 @@ class Tuner:
     Args:
         programs: compiles.
         cpu_settings: whether XLA's scheduler may be chosen.
+        compiled_in: seconds that compiling the single step took, where it was compiled before the first step.
         remembered: keeps the choice for the next start.
         clock: returns seconds.
     """
@@ -84,6 +85,7 @@ class Tuner:
         programs: Programs,
         *,
         cpu_settings: bool,
+        compiled_in: float = 0.0,
         remembered: Remembered | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
@@ -95,7 +97,7 @@ class Tuner:
         self.remembered = remembered
         self._cpu_settings, self._clock = cpu_settings, clock
         self._remaining: float = 0
-        self._spent = self._compiling = 0.0
+        self._spent, self._compiling = 0.0, compiled_in
         self._begun: float | None = None
         self._elapsed, self._count, self._window = 0.0, 0, 1
         self._packed: Any = None
@@ -104,6 +106,7 @@ class Tuner:
         self._race: list[tuple[int, Choice]] = []
         self._best: dict[Choice, float] = {}
         self._raced = self._single_seconds = 0.0
+        self._least = 1
 
     def settle(self, choice: Choice) -> None:
         """Ends all measuring: from now on calls are made by `choice`, compiled here where it is not yet."""
@@ -152,15 +155,15 @@ class Tuner:
         self._elapsed, self._count, self._begun = 0.0, 0, self._clock()
 
     def _after_first(self, seconds: float) -> None:
-        self._compiling, self._spent = seconds, 0.0
-        self._window, self._then = 8, self._after_look
+        self._compiling, self._spent = max(seconds, self._compiling), 0.0
+        self._window, self._then = 2, self._after_look
 
     def _after_look(self, seconds: float) -> None:
         self._window = min(2 * self._window, 4096)
         # A busy machine makes steps look larger than they are, never smaller.
         self._single_seconds = min(seconds, self._single_seconds or seconds)
         # Before a fit has cost as much as compiling does, compiling more can't pay.
-        if self._spent + max(self._remaining, 0) * seconds < self._compiling:
+        if self._elapsed < _WINDOW or self._spent + max(self._remaining, 0) * seconds < self._compiling:
             return
         found = candidates(
             self._single_seconds,
@@ -191,16 +194,19 @@ class Tuner:
 
     def _start_race(self) -> None:
         choices = [SINGLE, *self.runs]
-        # The first round is one call of each, which is slower than those that follow.
-        self._race = [(number, choice) for number in range(_ROUNDS + 1) for choice in choices]
+        # The first round is one call of each, which is slower than those that follow. Of large steps it is left out.
+        first = 0 if self._single_seconds < _WINDOW else 1
+        self._race = [(number, choice) for number in range(first, _ROUNDS + 1) for choice in choices]
+        self._least = (
+            max(choice.size for choice in choices) if first else math.ceil(_WINDOW / self._single_seconds)
+        )
         self._best, self._raced = {}, 0.0
         self._then = self._after_window
         self._aim()
 
     def _aim(self) -> None:
         number, self.current = self._race[0]
-        least = math.ceil(_WINDOW / self._single_seconds)
-        self._window = self.current.size if number == 0 else max(self.current.size, least)
+        self._window = self.current.size if number == 0 else max(self.current.size, self._least)
 
     def _after_window(self, seconds: float) -> None:
         number, choice = self._race.pop(0)

@@ -5,8 +5,10 @@ segment, its copy to the host starts, and the step goes on from empty. Nothing h
 value is read. Owns the segments; not the cadence at which somebody asks.
 """
 
+import collections
 import functools
 import logging
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,11 +53,27 @@ NO_METRICS = Window(dict)
 """Where there is nothing to tell."""
 
 
+class Merger:
+    """Merges segments on the host, once for all readers that ask for the same."""
+
+    def __init__(self, accumulator: Accumulator) -> None:
+        self.accumulator = accumulator
+        self._done: collections.deque[tuple[Sequence[PyTree], Any, Any]] = collections.deque(maxlen=2)
+
+    def __call__(self, segments: Sequence[PyTree], start: Any) -> Any:
+        """Returns `start`, None for nothing, and then the segments, merged."""
+        for known, begun, merged in self._done:
+            if begun is start and len(known) == len(segments) and all(map(operator.is_, known, segments)):
+                return merged
+        self._done.append((segments, start, self.accumulator.merge(segments, start)))
+        return self._done[-1][2]
+
+
 class Reader:
     """What one reader has not yet seen: segments, the oldest merged on the host."""
 
-    def __init__(self, accumulator: Accumulator) -> None:
-        self._accumulator = accumulator
+    def __init__(self, merge: Merger) -> None:
+        self._merge = merge
         self._merged: Any = None
         self._segments: list[PyTree] = []
 
@@ -64,7 +82,7 @@ class Reader:
         self._segments.append(segment)
         if len(self._segments) >= _MOST_SEGMENTS:
             old, self._segments = self._segments[: _MOST_SEGMENTS // 2], self._segments[_MOST_SEGMENTS // 2 :]
-            self._merged = self._accumulator.merge(old, self._merged)
+            self._merged = self._merge(old, self._merged)
 
     def state_dict(self, index: Callable[[PyTree], int]) -> dict[str, Any]:
         """Returns what is not yet seen; `index` numbers the segments, which readers share."""
@@ -77,17 +95,17 @@ class Reader:
         """Takes back what `state_dict` returned, given the segments by their numbers."""
         self._merged, self._segments = None, [segments[number] for number in state["segments"]]
         if state["merged"] is not None:
-            self._merged = jax.tree.structure(self._accumulator.merge([])).unflatten(state["merged"])
+            self._merged = jax.tree.structure(self._merge.accumulator.merge([])).unflatten(state["merged"])
 
     def take(self) -> Window:
         """Returns what came since the last call, and forgets it."""
-        accumulator, merged, segments = self._accumulator, self._merged, self._segments
+        merge, merged, segments = self._merge, self._merged, self._segments
         self._merged, self._segments = None, []
         if merged is None and not segments:
             return NO_METRICS
 
         def compute() -> dict[str, Any]:
-            values = accumulator.compute(accumulator.merge(segments, merged))
+            values = merge.accumulator.compute(merge(segments, merged))
             return {f"train/{name}": value for name, value in values.items()}
 
         return Window(compute)
@@ -101,13 +119,13 @@ class TrainMetrics:
     """
 
     def __init__(self, accumulator: Accumulator, empty: PyTree) -> None:
-        self._accumulator, self._empty = accumulator, empty
+        self._merge, self._empty = Merger(accumulator), empty
         self._readers: dict[str, Reader] = {}
         self.packed = empty
 
     def reader(self, name: str) -> Reader:
         """Returns a reader of all steps from now on; `name` is its own in a checkpoint."""
-        self._readers[name] = Reader(self._accumulator)
+        self._readers[name] = Reader(self._merge)
         return self._readers[name]
 
     def clear(self) -> None:

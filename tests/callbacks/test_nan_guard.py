@@ -16,6 +16,7 @@ import trainkit as tk
 from tests.callbacks._infos import Recorder, make_info
 from tests.compare import assert_same
 from tests.digits import Net, NetTrainer, batches
+from trainkit import _step_guard
 from trainkit._state import TrainState
 from trainkit.callbacks import EMA, NanGuard, Phase
 from trainkit.callbacks._callback import Rollback
@@ -69,6 +70,14 @@ def by_hand(model, tx, state, data, *, bad):
 # Skipping -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["chosen by bits", "moved in place"])
+def settled(request, monkeypatch):
+    """Either way in which a state is settled: small ones are chosen, large ones moved."""
+    if request.param == "moved in place":
+        monkeypatch.setattr(_step_guard, "_SMALL_STATE", 0)
+
+
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("bad", [(4,), (0, 1, 7), (9,), ()])
 def test_skip_equals_a_loop_that_leaves_the_bad_batches_out(bad):
     model, tx, data = Net(), optax.adam(1e-2), with_bad(10, *bad)
@@ -87,6 +96,7 @@ def test_skip_equals_a_loop_that_leaves_the_bad_batches_out(bad):
     assert result.history["train/loss"] == [(10, pytest.approx(np.mean(values), rel=1e-5))]
 
 
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_skip_under_every_strategy(strategy, accumulate):

@@ -206,6 +206,7 @@ def fit(strategy, name, accumulate=1):
         strategy=strategy,
         callbacks=callbacks,
         accumulate=accumulate,
+        steps_per_call=1,  # to find another number by measurement compiles programs, at moments of its own
     )
     return made, made.fit(data, steps=STEPS)
 

@@ -1,5 +1,6 @@
 """`LearningRate`: writes the learning rate in use. Changes nothing."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from trainkit._tree import copy_array
 from trainkit._when import Cadence, Every, as_cadence
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._hyperparams import labels_of, missing, values_of
@@ -54,6 +56,7 @@ class LearningRate(Callback):
                 f"LearningRate(schedule={schedule!r}): expected a function of the count of updates."
             )
         self._name, self._schedule, self._hyperparam = name, schedule, hyperparam
+        self._rate: Callable[[Any], jax.Array] | None = None
         self._writer: MetricWriter | None = None
         self._names: list[str] = []
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -64,6 +67,7 @@ class LearningRate(Callback):
             why = missing("LearningRate", info.state.opt_state, self._hyperparam)
             raise ValueError(f"{why}; or pass the schedule, LearningRate(schedule=...).")
         self._names = [f"{self._name}/{label}" if label else self._name for label in labels]
+        self._rate = self._schedule and _compiled(self._schedule)
         self._writer, self._pending = info.writer, None
 
     def on_step(self, info: Info) -> None:
@@ -71,10 +75,10 @@ class LearningRate(Callback):
         if self._names:
             values = values_of(info.state.opt_state, self._hyperparam)
             # Copied, because the next step takes the buffers of the state.
-            rates = {name: jnp.copy(value) for name, value in zip(self._names, values, strict=True)}
+            rates = {name: copy_array(value) for name, value in zip(self._names, values, strict=True)}
         else:
-            assert self._schedule is not None
-            rates = {self._name: jnp.asarray(self._schedule(info.step - 1))}
+            assert self._rate is not None
+            rates = {self._name: self._rate(np.int32(info.step - 1))}
         for rate in rates.values():
             rate.copy_to_host_async()
         self._pending = info.step, rates
@@ -110,3 +114,17 @@ class LearningRate(Callback):
             for index, element in np.ndenumerate(np.asarray(value)):
                 scalars["/".join([name, *map(str, index)])] = float(element)
         self._writer.write_scalars(step, scalars)
+
+
+def _compiled(schedule: optax.Schedule) -> Callable[[Any], jax.Array]:
+    """Returns `schedule` compiled; as it is where it is plain Python, which can't be."""
+
+    def rate(count: Any) -> jax.Array:
+        return jnp.asarray(schedule(count))
+
+    compiled = jax.jit(rate)
+    try:
+        jax.eval_shape(compiled, np.int32(0))
+    except Exception:
+        return lambda count: rate(int(count))
+    return compiled

@@ -4,11 +4,11 @@ import logging
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trainkit._errors import NonFiniteError
 from trainkit._state import TrainState
+from trainkit._tree import copy_array
 from trainkit._when import Cadence, Every, as_cadence
 from trainkit.callbacks._callback import Action, Callback, Phase, Rollback, Update
 from trainkit.callbacks._info import Info
@@ -94,7 +94,7 @@ class NanGuard(Callback):
         if action is not None:
             return action  # this step is undone as well
         # Copied, because the next step takes the buffers of the state.
-        record = jnp.copy(self._record(info.state))
+        record = copy_array(self._record(info.state))
         record.copy_to_host_async()
         self._pending = info.step, record
         return None

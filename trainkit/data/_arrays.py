@@ -35,9 +35,14 @@ class Arrays(Source):
         seed: non-negative; used when shuffling.
         drop_last: leave out the last batch of an epoch when it is smaller than `batch_size`. By default true
             when shuffled (the examples left out differ every epoch), false otherwise.
+        on_device: put the arrays on the device at the start of a fit, where its step picks the rows of each batch,
+            instead of handing every batch over. By default those of up to 64 MiB on a CPU and 1 GiB elsewhere. Only
+            where a fit runs on one device; a trainer says in its `summary()` what it does.
 
     Attributes:
         size: the number of examples held.
+        nbytes: of all arrays.
+        on_device: as given.
 
     Raises:
         TypeError: a leaf is not numeric.
@@ -61,7 +66,9 @@ class Arrays(Source):
         shuffle: bool = False,
         seed: int = 0,
         drop_last: bool | None = None,
+        on_device: bool | None = None,
     ) -> None:
+        self.on_device = on_device
         tree = jax.tree.map(np.asarray, to_host(arrays))
         self.size = _check_leaves(tree)
         self._leaves, self._structure = jax.tree_util.tree_flatten(tree)
@@ -69,6 +76,7 @@ class Arrays(Source):
         self._seed = _at_least("seed", seed, 0)
         self._drop_last = shuffle if drop_last is None else drop_last
         self._order_of: tuple[int, np.ndarray] | None = None
+        self.nbytes = sum(leaf.nbytes for leaf in self._leaves)
 
         rows = _at_least("batch_size", batch_size, 1)
         full, rest = divmod(self.size, rows)
@@ -86,6 +94,17 @@ class Arrays(Source):
     def __len__(self) -> int:
         """Returns the number of batches of an epoch."""
         return self._steps
+
+    @property
+    def tree(self) -> PyTree:
+        """The arrays, NumPy leaves `[examples, ...]`."""
+        return jax.tree_util.tree_unflatten(self._structure, self._leaves)
+
+    def row_numbers(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """Returns an iterator over the numbers of the examples in the same batches, `int32[rows]` each."""
+        self.check_position(epoch, start)
+        order = (self._order(epoch) if self._shuffle else np.arange(self.size)).astype(np.int32)
+        return (order[index * self._rows : (index + 1) * self._rows] for index in range(start, self._steps))
 
     def num_rows(self, epoch: int, start: int = 0) -> int:
         """Returns how many examples epoch `epoch` yields from batch `start` to its end."""

@@ -9,7 +9,7 @@ a vector at each step would cost more than it saves.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ Packed = tuple[Any, ...]
 _LARGEST_PACKED = 1024
 
 
-# Asked for every leaf at every reading of the metrics, and JAX's own answers take microseconds each.
 @functools.cache
 def _carrier(dtype: np.dtype) -> np.dtype:
     """Returns the 32-bit dtype that holds every value of `dtype`."""
@@ -132,19 +131,34 @@ class Packing:
             ValueError: if the arrays do not have this layout.
         """
         vector, *large = (np.asarray(part) for part in packed)
-        size = sum(spec.size for spec in self.leaves if _is_packed(spec))
-        if vector.shape != (size,) or len(large) != sum(not _is_packed(spec) for spec in self.leaves):
+        parts, size, others = self._plan
+        if vector.shape != (size,) or len(large) != others:
             raise ValueError(
                 f"The packed metrics must be a vector of {size} words and {len(self.leaves)} leaves in all, "
                 f"got the shapes {[part.shape for part in (vector, *large)]}. They are of another collection."
             )
-        leaves, start, rest = [], 0, iter(large)
+        vector, rest = np.ascontiguousarray(vector), iter(large)
+        return self.treedef.unflatten(
+            [_widened(next(rest)) if part is None else part(vector) for part in parts]
+        )
+
+    @functools.cached_property
+    def _plan(self) -> tuple[list[Callable[[np.ndarray], np.ndarray] | None], int, int]:
+        """How each leaf is read from the vector on the host, None for those not in it; its size; those not in it."""
+        parts, start = [], 0
         for spec in self.leaves:
-            if not _is_packed(spec):
-                leaves.append(_widened(next(rest)))
-                continue
-            words = np.ascontiguousarray(vector[start : start + spec.size])
-            start += spec.size
-            leaf = words.view(_carrier(spec.dtype)).astype(spec.dtype)
-            leaves.append(_widened(leaf).reshape(spec.shape))
-        return self.treedef.unflatten(leaves)
+            parts.append(_reader(spec, start) if _is_packed(spec) else None)
+            start += spec.size if _is_packed(spec) else 0
+        return parts, start, parts.count(None)
+
+
+def _reader(spec: jax.ShapeDtypeStruct, start: int) -> Callable[[np.ndarray], np.ndarray]:
+    stop, carrier, dtype, wide = start + spec.size, _carrier(spec.dtype), spec.dtype, _wide(spec.dtype)
+
+    def read(vector: np.ndarray) -> np.ndarray:
+        leaf = vector[start:stop].view(carrier)
+        # By way of its own dtype, which a bool is not told from an int without.
+        leaf = leaf if carrier == dtype else leaf.astype(dtype)
+        return leaf.astype(wide, copy=False).reshape(spec.shape)
+
+    return read
