@@ -23,6 +23,8 @@ from _task import Task
 
 HERE = pathlib.Path(__file__).resolve().parent
 LEAST_REPEATS = 7
+# Compilation takes one, and what decides by measuring takes as many as that takes.
+_MOST_WARM_UPS = 30
 COMPARED_STEPS = {"W1": 200}
 """Steps after which the parameters are compared; else 20."""
 
@@ -180,8 +182,10 @@ def _measured(
     differences = _differences(workers, compared, root)
     steps = _steps(next(iter(workers.values())), args)
     for worker in workers.values():
-        for _ in range(1 if args.small else 2):  # what decides by measuring has done so after these
+        for runs in range(1 if args.small else _MOST_WARM_UPS):
             worker.ask("run", steps=steps)
+            if runs and "being measured" not in str(worker.ask("about")["notes"]):
+                break
     times: dict[str, list[float]] = {name: [] for name in workers}
     for repeat in range(2 if args.small else max(LEAST_REPEATS, args.repeats)):
         # Whoever is first in one round is last in the next.

@@ -197,9 +197,7 @@ class Tuner:
         # The first round is one call of each, which is slower than those that follow. Of large steps it is left out.
         first = 0 if self._single_seconds < _WINDOW else 1
         self._race = [(number, choice) for number in range(first, _ROUNDS + 1) for choice in choices]
-        self._least = (
-            max(choice.size for choice in choices) if first else math.ceil(_WINDOW / self._single_seconds)
-        )
+        self._least = max(2, math.ceil(_WINDOW / self._single_seconds))
         self._best, self._raced = {}, 0.0
         self._then = self._after_window
         self._aim()
