@@ -67,22 +67,29 @@ def ahead(batches: Iterator[Any], size: int = 2) -> Iterator[Any]:
 
 
 class Passes:
-    """Host batches as an iterable that a trainer knows nothing about, an epoch long each time."""
+    """Host batches as an iterable that a trainer knows nothing about, of `length` in each pass."""
 
-    def __init__(self, batches: Iterator[Any], length: int) -> None:
-        self._batches, self._length = batches, length
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches, self.length = batches, 1
 
     def __iter__(self):
-        return itertools.islice(self._batches, self._length)
+        return itertools.islice(self._batches, self.length)
 
 
 def _fitted_to_batches(workload: Workload, batches: Iterator[Any] | None = None) -> Running:
     import trainkit as tk
 
-    length = len(next(iter(workload.arrays.values()))) // workload.batch_size
     quiet = tk.callbacks.LogMetrics(every=tk.Never())
-    source = Passes(batches or workload.batches(), length)
-    return fits(_workloads.trainer(workload, callbacks=[quiet]), source)
+    source = Passes(batches or workload.batches())
+    trainer = _workloads.trainer(workload, callbacks=[quiet])
+
+    def run(steps: int) -> int:
+        # A whole pass: a fit that begins inside of one reads what lies before once more.
+        source.length = steps
+        jax.block_until_ready(trainer.fit(source, epochs=1).state.params)
+        return steps
+
+    return fits(trainer, source)._replace(run=run)
 
 
 # A batch that takes as long as a step --------------------------------------------------------------------------
