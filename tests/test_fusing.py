@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import linen as nn
 import trainkit as tk
 from tests.compare import assert_same
 from tests.digits import Net, NetTrainer, arrays, batches
-from trainkit import _allocator, _tuning
+from trainkit import _allocator, _trainer, _tuning
 from trainkit._calls import Calls
 from trainkit._choice import SINGLE, Choice
 from trainkit._remembered import Remembered
@@ -395,6 +396,35 @@ def test_a_choice_that_is_given_is_not_measured(sizes):
         trainer.fit(batches(8), epochs=1)
     assert sizes[-2:] == [4, 4]
     assert trainer._engine._last_calls.choice == Choice("scanned", 4)
+
+
+# Compiled ahead -----------------------------------------------------------------------------------------------
+
+
+def test_what_a_thread_compiles_ahead_is_not_compiled_again(monkeypatch):
+    programs, threads = [], set()
+
+    def note(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration" and duration > 0:
+            programs.append(event)
+            threads.add(threading.current_thread().name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        runs = {}
+        for ahead in (False, True):
+            monkeypatch.setattr(_trainer, "freed_memory_is_kept", lambda ahead=ahead: not ahead)
+            jax.clear_caches()
+            programs.clear()
+            threads.clear()
+            data = tk.data.Arrays(arrays(64), 16)
+            trainer = NetTrainer(Net(), optax.sgd(0.1), steps_per_call=1)
+            runs[ahead] = trainer.fit(data, epochs=2, eval_data=data).state, len(programs)
+            assert ("trainkit-compile" in threads) == ahead
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert runs[True][1] == runs[False][1]
+    assert_same_state(runs[True][0], runs[False][0], rtol=0, atol=0)
 
 
 # Arguments ----------------------------------------------------------------------------------------------------

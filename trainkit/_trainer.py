@@ -424,11 +424,9 @@ class Trainer(Overridable):
 
     def _begin(self, request: Request, first: Batch | GlobalBatch) -> TrainState:
         if self._state is None:
-            if (
-                self._strategy.takes_host_batches
-                and self._accumulate == 1
-                and not isinstance(first, GlobalBatch)
-            ):
+            one_device = self._strategy.takes_host_batches and not isinstance(first, GlobalBatch)
+            # Threads that compile stand in each other's way where they share one arena of the allocator.
+            if one_device and self._accumulate == 1 and not freed_memory_is_kept():
                 rows = request.source.batch_size or 0
                 compile_ahead(self._engine, request.source, first, rows, request.evaluations)
             self._state = self._engine.init(self._seed, first)
