@@ -36,7 +36,8 @@ def compile_ahead(
     for evaluation in evaluations.values():
         batch = next(engine.batches(evaluation, 0), None) if evaluation.seekable else None
         if batch is not None:
-            jobs.append(_job(engine.prepare_eval(state, evaluation, batch), state, batch))
+            prepared = engine.prepare_eval(state, evaluation, batch)
+            jobs.append(_job(prepared, engine.evaluated(state), batch))
     done = [threading.Event() for _ in jobs]
     engine.expect(training=done[0], evaluation=done[-1])
 

@@ -38,7 +38,7 @@ def evaluate(
     """
     first, batches = _peek(engine, source)
     prepared = engine.prepare_eval(state, source, first)
-    state = with_raw_key(state)
+    state = with_raw_key(engine.evaluated(state))
     strategy, accumulator = engine.strategy, prepared.accumulator
     carry, segments, given = prepared.empty, [], 0
     rows = _Rows(engine)

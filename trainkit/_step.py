@@ -292,6 +292,11 @@ class Steps:
         check_outputs("eval_step", outputs)
         return {**outputs, "mask": _or_all_real(mask, batch)}
 
+    @property
+    def has_own_eval(self) -> bool:
+        """Whether the user wrote `eval_step`, which may look at all of the state."""
+        return self._user.eval_step is not None
+
     # Looking before compiling ---------------------------------------------------------------------------------
 
     def inspect_train(self, state: TrainState, batch: Batch) -> Traits:
