@@ -1,5 +1,8 @@
 """Data held on the device: the same numbers as from batches handed over, wherever they are picked."""
 
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,3 +153,37 @@ def test_the_batches_of_a_call_that_raised_are_kept_whole(tmp_path, monkeypatch)
         assert (kept is not None) == (step > 2)
         if kept is not None:
             assert_same(kept, [expected])
+
+
+def test_a_run_broken_off_inside_an_epoch_ends_the_same(tmp_path):
+    def run(logdir, stop=None):
+        source = tk.data.Arrays(arrays(100), 8, shuffle=True, seed=5)
+        callbacks = [tk.callbacks.Checkpoint(every=tk.Every(steps=4))]
+        if stop:
+            interrupt = lambda info: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+            callbacks.append(tk.callbacks.Lambda(every=tk.At(steps=(stop,)), on_step=interrupt))
+        trainer = NetTrainer(Net(), optax.adam(1e-2), callbacks=callbacks, logdir=logdir, steps_per_call=3)
+        result = trainer.fit(source, epochs=2, resume=True)
+        assert says_held(trainer)
+        return result
+
+    expected = run(tmp_path / "whole")
+    assert run(tmp_path / "broken", stop=7).step == 7
+    resumed = run(tmp_path / "broken")
+    assert resumed.step == expected.step == 24
+    pick = lambda state: (state.params, state.opt_state, state.batch_stats)  # noqa: E731
+    assert_same(pick(resumed.state), pick(expected.state))
+    assert dict(resumed.history) == dict(expected.history)
+
+
+def test_a_subclass_that_changes_its_batches_is_asked_for_them():
+    class Doubled(tk.data.Arrays):
+        def batches(self, epoch, start=0):
+            return ({**batch, "x": 2 * batch["x"]} for batch in super().batches(epoch, start))
+
+    data = arrays(64)
+    trainer, expected = trainer_of(steps_per_call=1), trainer_of(steps_per_call=1)
+    trainer.fit(Doubled(data, 16), epochs=1)
+    assert not says_held(trainer)
+    expected.fit([{**b, "x": 2 * b["x"]} for b in tk.data.Arrays(data, 16).batches(0)], epochs=1)
+    assert_same(trainer.state.params, expected.state.params)
