@@ -26,7 +26,7 @@ def fit(monkeypatch, strategy, data, choice, **options):
         sizes.append(len(feds))
         return call(self, raw, packed, feds)
 
-    monkeypatch.setattr(Calls, "begin", lambda self, given, steps: begin(self, choice, steps))
+    monkeypatch.setattr(Calls, "begin", lambda self, given, *rest: begin(self, choice, *rest))
     monkeypatch.setattr(Calls, "__call__", spy)
     callbacks = [tk.callbacks.EMA(0.9), tk.callbacks.LogMetrics(every=tk.Every(steps=5))]
     model = Net(norm=False)
