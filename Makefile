@@ -25,7 +25,7 @@ MULTI_DEVICE_ENV := NPROC=16 XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_d
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types test-single test-multi coverage slow faults format docs bench clean
+.PHONY: help demo test lint types test-single test-multi coverage slow fused faults format docs bench clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,10 @@ coverage: $(VENV)/.stamp-dev
 slow: $(VENV)/.stamp-dev ## the tests marked slow, which `make test` leaves out
 	$(MULTI_DEVICE_ENV) $(BIN)/python -m pytest -m slow tests/multi_device $(ARGS)
 	$(BIN)/python -m pytest -m slow --ignore=tests/multi_device $(ARGS)
+
+fused: $(VENV)/.stamp-dev ## the tests once more, with seven training steps in one call wherever a test leaves that open
+	TRAINKIT_TEST_STEPS_PER_CALL=7 $(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/multi_device $(ARGS)
+	TRAINKIT_TEST_STEPS_PER_CALL=7 $(MULTI_DEVICE_ENV) $(BIN)/python -m pytest -n $(WORKERS) tests/multi_device $(ARGS)
 
 faults: $(VENV)/.stamp-dev ## kill a run a hundred times, and signal it; compare what comes of it
 	$(BIN)/python -m tests.faults.kill --kills 100 $(ARGS)

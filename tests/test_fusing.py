@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 
+import flax
 import jax
 import jax.numpy as jnp
 import optax
@@ -112,6 +113,38 @@ def test_a_train_step_of_ones_own(sizes):
     _, got = fitted(model, data, epochs=1, kind=Own, steps_per_call=4)
     assert max(sizes) == 4
     assert_equal_runs(got, fitted(model, data, epochs=1, kind=Own, steps_per_call=1)[1])
+
+
+class Settling(nn.Module):
+    """Gives its statistic another shape at the first step, from [8] to [1, 8]."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[1:])
+        if train and not self.is_initializing():
+            mean.value = 0.9 * mean.value + 0.1 * x.mean(axis=0, keepdims=True)
+        return nn.Dense(4)(x - mean.value)
+
+
+def test_a_shape_that_settles_at_the_first_step_has_its_pass_run_single_steps(sizes):
+    data = batches(4)
+    with jax.numpy_rank_promotion("allow"):
+        _, got = fitted(Settling(), data, epochs=3, steps_per_call=2)
+        assert sizes == [1, 1, 1, 1, 1, 2, 1, 2, 2]  # logs are due at steps 5 and 10
+        assert_equal_runs(got, fitted(Settling(), data, epochs=3, steps_per_call=1)[1])
+
+
+class Frozen(NetTrainer):
+    def init_variables(self, rng, batch):
+        return flax.core.freeze(super().init_variables(rng, batch))
+
+
+def test_frozen_dicts_stay_frozen(sizes):
+    data = batches(4)
+    _, got = fitted(Net(), data, epochs=2, kind=Frozen, steps_per_call=4)
+    assert sizes == [4, 1, 3]
+    assert isinstance(got.state.batch_stats, flax.core.FrozenDict)
+    assert_equal_runs(got, fitted(Net(), data, epochs=2, kind=Frozen, steps_per_call=1)[1])
 
 
 class Scaled(NetTrainer):
@@ -328,7 +361,7 @@ class Inline:
         return False
 
 
-def test_auto_in_a_fit(monkeypatch, tmp_path, sizes):
+def test_auto_in_a_fit(auto, monkeypatch, tmp_path, sizes):
     monkeypatch.setattr(_tuning.threading, "Thread", Inline)
     for name, value in {"_WINDOW": 0.0, "_ROUNDS": 1, "_MOST_STEPS": 6}.items():
         monkeypatch.setattr(_tuning, name, value)
@@ -387,7 +420,7 @@ def test_a_choice_is_its_text():
             Choice.parse(text)
 
 
-def test_a_choice_that_is_given_is_not_measured(sizes):
+def test_a_choice_that_is_given_is_not_measured(auto, sizes):
     trainer = NetTrainer(Net(), optax.sgd(0.1))
     trainer.fit(batches(4), epochs=1)
     begin = Calls.begin

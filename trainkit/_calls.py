@@ -7,7 +7,7 @@ import jax
 
 from trainkit._choice import SINGLE, Choice
 from trainkit._feed import Fed
-from trainkit._fusing import Make, Programs, make_of
+from trainkit._fusing import Make, Programs, form_of, make_of
 from trainkit._held import NOTHING
 from trainkit._remembered import Remembered, cache_folder
 from trainkit._tuning import Tuner, convolves
@@ -51,7 +51,7 @@ class Calls:
         self.compiled_in = 0.0
         self._held: PyTree = NOTHING
         self._given: Choice | None = None
-        self._tuners: dict[tuple[Make, Any], Tuner] = {}
+        self._tuners: dict[tuple[Any, ...], Tuner] = {}
         self._tuner: Tuner | None = None
         self._make: Make | None = None
 
@@ -93,7 +93,8 @@ class Calls:
         if self._make is None:
             self._tuner = None
             return
-        kind = self._make, jax.tree.structure(self._held)
+        # A step may settle the shapes of its state: what comes after that is other programs.
+        kind = self._make, jax.tree.structure(self._held), form_of(raw)
         known = self._tuners.get(kind)
         if known is None:
             known = self._tuners[kind] = self._new_tuner(raw, packed, first)
@@ -154,12 +155,12 @@ class Calls:
     def _settle(self, tuner: Tuner) -> None:
         """Ends the measuring where the choice is given."""
         programs, steps, given = tuner.programs, self._settings.steps_per_call, self._given
-        if given is not None:
+        if given is not None and programs.can_repeat:
             if given != tuner.choice and not (given.kind == "scanned" and self._no_loop(programs)):
                 tuner.settle(given)
         elif tuner.choice is not None:
             return
-        elif not programs.can_lower or (steps is None and self._strategy.processes > 1):
+        elif not programs.can_repeat or (steps is None and self._strategy.processes > 1):
             tuner.settle(SINGLE)
         elif steps is not None:
             tuner.settle(Choice("unrolled" if self._no_loop(programs) else "scanned", steps))

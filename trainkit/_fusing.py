@@ -62,6 +62,12 @@ def make_of(fed: Fed) -> Make | None:
     return Make(structure, tuple([(leaf.shape, leaf.dtype) for leaf in leaves]), on_host)
 
 
+def form_of(tree: PyTree) -> Any:
+    """Returns what two trees have in common that one program takes: structure, shapes and dtypes."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
+
+
 class Programs:
     """The compiled calls for batches of one make.
 
@@ -109,6 +115,14 @@ class Programs:
     def can_lower(self) -> bool:
         """Whether the strategy compiles with `jax.jit`, so that what it compiles can be looked into."""
         return isinstance(self.single, jax.stages.Wrapped)
+
+    @functools.cached_property
+    def can_repeat(self) -> bool:
+        """Whether a step can share a program with those after it: it can be lowered, and its state keeps its form."""
+        if not self.can_lower:
+            return False
+        single: Any = self.single
+        return form_of(single.eval_shape(*self._example)) == form_of(self._example[:2])
 
     @functools.cached_property
     def text(self) -> str:

@@ -137,6 +137,8 @@ class TrainState(flax.training.train_state.TrainState, kw_only=True):
         """
         if "params" in updated:
             raise ValueError("updated holds 'params'; replace_model_state takes the other collections.")
+        held = self.model_state
+        updated = {name: _as_it_was(held.get(name), new) for name, new in updated.items()}
         _, batch_stats, collections = _split({"params": {}, **updated})
         return self.replace(
             batch_stats=batch_stats if "batch_stats" in updated else self.batch_stats,
@@ -169,6 +171,12 @@ def key_of(state: TrainState) -> jax.Array:
             "state.rng is None; a trained state needs a key, e.g. state.replace(rng=jax.random.key(0))."
         )
     return state.rng
+
+
+def _as_it_was(old: Any, new: Any) -> Any:
+    """Returns a collection in the kind of dict it was: `apply` returns plain ones, which are of another structure."""
+    frozen = isinstance(old, flax.core.FrozenDict) and not isinstance(new, flax.core.FrozenDict)
+    return flax.core.freeze(new) if frozen else new
 
 
 def _split(variables: Variables) -> tuple[Collection, Collection, dict[str, Collection]]:
