@@ -252,6 +252,7 @@ def trainer(workload: Workload, *, start: bool = True, **arguments: Any) -> Any:
 
     made = Trainer(workload.model, workload.tx, **arguments)
     if start:
+        made.init(workload.first())  # before all else, as in a run of its own: it sets up the process
         made.state = tk.TrainState.from_variables(
             apply_fn=workload.model.apply,
             variables=workload.variables(),

@@ -67,7 +67,7 @@ LAYERS = (
                 "_overview",
             ),
             *("_diagnosis", "_overridable", "_restoring", "_resuming", "_saved", "_timetable", "_ahead"),
-            *("_fusing", "_tuning", "_calls", "_remembered"),
+            *("_fusing", "_tuning", "_calls", "_remembered", "_footprint"),
             "export",
         ),
     ),

@@ -446,7 +446,7 @@ def test_what_a_thread_compiles_ahead_is_not_compiled_again(monkeypatch):
     try:
         runs = {}
         for ahead in (False, True):
-            monkeypatch.setattr(_trainer, "freed_memory_is_kept", lambda ahead=ahead: not ahead)
+            monkeypatch.setattr(_trainer, "arena_is_shared", lambda ahead=ahead: not ahead)
             jax.clear_caches()
             programs.clear()
             threads.clear()
@@ -480,26 +480,33 @@ class Libc:
         return 1
 
 
-def test_the_allocator_is_set_once_and_off_by_argument_and_environment(monkeypatch):
+@pytest.fixture
+def glibc(monkeypatch):
+    """A C library that records what is set, in a process where nothing was set before."""
     libc = Libc()
     monkeypatch.setattr(_allocator.ctypes, "CDLL", lambda name: libc)
     monkeypatch.setattr(_allocator.platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setattr(_allocator.sys, "platform", "linux")
-    monkeypatch.setattr(_allocator, "_applied", False)
+    for name in ("_kept", "_one_arena"):
+        monkeypatch.setattr(_allocator, name, False)
+    return libc
+
+
+def test_the_allocator_is_set_once_and_off_by_argument_and_environment(monkeypatch, glibc):
     data = batches(2)
     off = NetTrainer(Net(), optax.sgd(0.1), cpu_settings=False)
     off.fit(data, epochs=1)
     monkeypatch.setenv("TRAINKIT_CPU_SETTINGS", "0")
     NetTrainer(Net(), optax.sgd(0.1)).fit(data, epochs=1)
-    assert libc.settings == []
+    assert glibc.settings == []
     assert "as it was" in off.summary()
     monkeypatch.delenv("TRAINKIT_CPU_SETTINGS")
     trainer = NetTrainer(Net(), optax.sgd(0.1))
     trainer.fit(data, epochs=2)
     trainer.fit(data, epochs=1)
-    assert sorted(libc.settings) == [(-8, 1), (-3, 1 << 30), (-1, 2**31 - 1)]
-    assert "keeps freed memory" in trainer.summary()
-    monkeypatch.setattr(_allocator, "_applied", False)
+    assert sorted(glibc.settings) == [(-3, 1 << 30), (-1, 2**31 - 1)]
+    assert "keeps freed memory\n" in f"{trainer.summary()}\n"
+    monkeypatch.setattr(_allocator, "_kept", False)
     monkeypatch.setattr(_allocator.platform, "libc_ver", lambda: ("", ""))
     assert not _allocator.keep_freed_memory()
-    assert len(libc.settings) == 3
+    assert len(glibc.settings) == 2

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from trainkit._engine import Engine, Prepared
-from trainkit._step import with_raw_key
+from trainkit._state import with_raw_key
 from trainkit.data._source import Source
 
 

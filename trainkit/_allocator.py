@@ -1,4 +1,4 @@
-"""Tells glibc to keep the memory that XLA frees after every execution on the CPU. Owns that setting alone.
+"""Tells glibc to keep the memory that XLA frees after every execution on the CPU. Owns these settings alone.
 
 XLA allocates its temporary buffer afresh for each execution. Blocks over 32 MB come from `mmap` and go back to
 the kernel, so each step touches all of its temporary memory for the first time again.
@@ -12,28 +12,25 @@ import sys
 from typing import Any
 
 import jax
+from jax._src import xla_bridge  # the one place that tells whether JAX has started without starting it
 
 SWITCH = "TRAINKIT_CPU_SETTINGS"
 """Environment variable; `0` leaves the allocator and the scheduler as they are."""
 
+LARGEST_OF_A_THREAD = 48 * 2**20
+"""Bytes of blocks that an arena of a thread surely holds; its heaps have 64 MiB, and larger blocks are mapped."""
+
 # From <malloc.h>: parameter, value.
 _TRIM_THRESHOLD = (-1, 2**31 - 1)
 _MMAP_THRESHOLD = (-3, 1 << 30)
-# One arena: else each thread of XLA has its own, whose large blocks go back to the kernel whatever the thresholds.
-# A thread keeps the arena of its first allocation, so this is to be set before XLA starts.
 _ARENA_MAX = (-8, 1)
 
-_applied = False
+_kept = _one_arena = False
 
 
 def switched_on() -> bool:
     """Says whether the environment allows settings of the CPU."""
     return os.environ.get(SWITCH, "1") != "0"
-
-
-def freed_memory_is_kept() -> bool:
-    """Says whether `keep_freed_memory` has been called, and could set what it sets."""
-    return _applied
 
 
 def only_cpu() -> bool:
@@ -45,11 +42,39 @@ def only_cpu() -> bool:
     return all(importlib.util.find_spec(name) is None for name in ("jax_plugins", "libtpu"))
 
 
+def has_started() -> bool:
+    """Says whether JAX has started its backend, and with it its threads."""
+    return xla_bridge.backends_are_initialized()
+
+
 def keep_freed_memory() -> bool:
-    """Sets the thresholds once per process; returns whether they are set: Linux with glibc only."""
-    global _applied
-    if not _applied and sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        settings = (_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX)
-        _applied = all([libc.mallopt(*setting) for setting in settings])  # noqa: C419 - none is left out
-    return _applied
+    """Sets thresholds up to which freed blocks are kept; returns whether they are set: Linux with glibc only."""
+    global _kept
+    if not _kept and sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        _kept = all([_set(*setting) for setting in (_MMAP_THRESHOLD, _TRIM_THRESHOLD)])  # noqa: C419 - none is left out
+    return _kept
+
+
+def use_one_arena() -> None:
+    """Has all threads that come share one arena, whose blocks may have any size.
+
+    Threads then wait for each other where they allocate much that is small: tiny steps and compilations take longer.
+    """
+    global _one_arena
+    _one_arena = _one_arena or _set(*_ARENA_MAX)
+
+
+def arena_is_shared() -> bool:
+    """Says whether `use_one_arena` was called."""
+    return _one_arena
+
+
+def describe_allocator() -> str:
+    """Returns in a few words how the allocator is set."""
+    if not _kept:
+        return "as it was"
+    return "keeps freed memory, in one arena" if _one_arena else "keeps freed memory"
+
+
+def _set(parameter: int, value: int) -> bool:
+    return bool(ctypes.CDLL(None).mallopt(parameter, value))

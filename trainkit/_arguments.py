@@ -106,6 +106,12 @@ def eval_name(name: Any) -> str:
     return name
 
 
+def first_spec(source: Source) -> Any:
+    """Returns a batch of a training source, or its shapes and dtypes; None where to look at one would cost the fit."""
+    batch = next(iter(source.global_batches(0)), None) if source.seekable else None
+    return None if batch is None else batch.spec()
+
+
 def peek(engine: Engine, source: Source, position: Position) -> tuple[Any, Iterator[Any]]:
     """Returns the first batch from where the data stand, and the iterator over the others."""
     epoch = position.epoch - 1 if position.batch else position.epoch

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from trainkit._engine import key_impl
-from trainkit._state import TrainState
-from trainkit._step import Steps, with_raw_key, with_typed_key
+from trainkit._state import TrainState, with_raw_key, with_typed_key
+from trainkit._step import Steps
 from trainkit._typing import Batch, PyTree
 from trainkit.hooks._nan_guard import not_finite
 from trainkit.parallel._strategy import Role, Strategy

@@ -3,6 +3,7 @@
 Owns the order among callbacks; not when a hook is due, which is the loop's.
 """
 
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,8 +79,8 @@ class Dispatcher:
             return
         if not isinstance(action, (Stop, Update, Save, Rollback)):
             raise TypeError(
-                f"{_name(callback)}.{hook} returned {action!r}; a hook returns tk.Stop(reason), tk.Update(fn), "
-                "tk.Save(), tk.Rollback(reason) or None."
+                f"{_name(callback)}.{hook} returned {reprlib.repr(action)}; a hook returns tk.Stop(reason), "
+                "tk.Update(fn), tk.Save(), tk.Rollback(reason) or None."
             )
         self._act(callback, action)
 

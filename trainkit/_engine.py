@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from trainkit._calls import ONE_BY_ONE, Calls, CallSettings
 from trainkit._feed import Feed, SharedFeed
 from trainkit._held import NOTHING, Supply, can_hold, pick
-from trainkit._state import TrainState, key_of
-from trainkit._step import Steps, Traits, explained_errors, with_raw_key
+from trainkit._state import TrainState, key_of, with_raw_key
+from trainkit._step import Steps, Traits, explained_errors
 from trainkit._tree import copy_arrays, describe, differences, is_key, key_generator, signature
 from trainkit._typing import Batch, PyTree
 from trainkit.data._batch import batch_size_of, check_batch, unpad

@@ -12,8 +12,7 @@ import jax
 import numpy as np
 
 from trainkit._engine import Engine
-from trainkit._state import TrainState
-from trainkit._step import with_raw_key
+from trainkit._state import TrainState, with_raw_key
 from trainkit._tree import describe, named_leaves
 from trainkit._typing import PyTree
 from trainkit.data._batch import unpad

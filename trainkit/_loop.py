@@ -30,8 +30,7 @@ from trainkit._restoring import restore_state
 from trainkit._result import FitResult
 from trainkit._resuming import newest_of
 from trainkit._saved import Saved, contents_of, load_saved
-from trainkit._state import TrainState
-from trainkit._step import with_raw_key, with_typed_key
+from trainkit._state import TrainState, with_raw_key, with_typed_key
 from trainkit._timetable import Chore, Timetable
 from trainkit._typing import Batch
 from trainkit._when import NEVER, Every

@@ -11,8 +11,7 @@ from trainkit._failures import kept_batches, kept_state
 from trainkit._held import NOTHING
 from trainkit._restoring import restore_built, restore_state
 from trainkit._saved import Saved, load_saved
-from trainkit._state import TrainState
-from trainkit._step import with_raw_key, with_typed_key
+from trainkit._state import TrainState, with_raw_key, with_typed_key
 from trainkit._typing import Batch
 from trainkit.checkpoint._store import Store
 from trainkit.data._source import Source, as_source

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import flax
+import flax.core
 import flax.serialization
 import flax.struct
 import flax.training.train_state
@@ -171,6 +172,16 @@ def key_of(state: TrainState) -> jax.Array:
             "state.rng is None; a trained state needs a key, e.g. state.replace(rng=jax.random.key(0))."
         )
     return state.rng
+
+
+def with_raw_key(state: TrainState) -> TrainState:
+    """Returns `state` with its key as plain `uint32` data: a typed key costs Python work at each call of a step."""
+    return state.replace(rng=jax.random.key_data(key_of(state)))
+
+
+def with_typed_key(state: TrainState, impl: str) -> TrainState:
+    """Undoes `with_raw_key`."""
+    return state.replace(rng=jax.random.wrap_key_data(key_of(state), impl=impl))
 
 
 def _as_it_was(old: Any, new: Any) -> Any:

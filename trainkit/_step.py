@@ -21,15 +21,15 @@ from trainkit._checks import (
 from trainkit._context import StepContext
 from trainkit._model import Model
 from trainkit._precision import Precision
-from trainkit._state import TrainState, key_of
+from trainkit._state import TrainState, key_of, with_raw_key, with_typed_key
 from trainkit._step_guard import settle
-from trainkit._step_parts import Pass, Updated
+from trainkit._step_parts import Apply, Pass, Updated
 from trainkit._trace import TraceLog
 from trainkit._tree import select
 from trainkit._typing import Batch, Outputs, PyTree, Variables
 from trainkit.hooks._hook import StepHook, admitted, init_hooks, update_hooks
 from trainkit.hooks._loss_scale import NAME as LOSS_SCALE
-from trainkit.hooks._loss_scale import LossScale, adjusted, all_finite, loss_scale_hook
+from trainkit.hooks._loss_scale import adjusted, all_finite, loss_scale_hook
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.parallel._strategy import Role, Strategy
 
@@ -85,9 +85,16 @@ class Steps:
 
     def init(self, rng: jax.Array, batch: Batch) -> TrainState:
         """Returns the state at step 0 from `rng` and the shapes of `batch`; to be compiled as one program."""
-        init_rng, step_rng = jax.random.split(rng)
-        init_variables = self._user.init_variables or self.init_variables
-        return self.state_of(init_variables(init_rng, batch), step_rng)
+        return self._init(rng, batch)
+
+    @functools.cached_property
+    def _init(self) -> Any:
+        def init(rng: jax.Array, batch: Batch) -> TrainState:
+            init_rng, step_rng = jax.random.split(rng)
+            init_variables = self._user.init_variables or self.init_variables
+            return self.state_of(init_variables(init_rng, batch), step_rng)
+
+        return _traced_once(init)
 
     def state_of(self, variables: Variables, rng: jax.Array) -> TrainState:
         """Returns the state at step 0 with these variables."""
@@ -134,14 +141,14 @@ class Steps:
         """
         self.traces.record("training", {"state": state, "batch": batch, "mask": mask})
         state = with_typed_key(state, impl)
-        done = self.attempt(state, batch, mask)
+        done = self._attempt(state, batch, mask)
         values = done.told(state)
         new_state, merged = update_hooks(self._hooks, values), packed
         for outputs in done.outputs:
             merged = self._merge_metrics(accumulator, merged, outputs)
         keep = admitted(self._hooks, new_state.hooks, values)
         if keep is not None:
-            new_state = settle(self._hooks, keep, values, new_state, done.apply)
+            new_state = settle(self._hooks, keep, values, new_state, self._again(done))
             merged = select(keep, merged, packed)
         return with_raw_key(new_state), merged
 
@@ -149,6 +156,20 @@ class Steps:
         """One optimizer update, of `batch` and `mask` as `train` takes them, before the hooks are told."""
         parts = ((batch, mask),) if self._accumulate == 1 else tuple(zip(batch, mask or (), strict=True))
         return self._step(state, parts)
+
+    @functools.cached_property
+    def _attempt(self) -> Any:
+        return _traced_once(self.attempt)
+
+    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
+        """Returns the trace of one update on one device, before the hooks; starts no device.
+
+        Args:
+            state: shapes and dtypes.
+            batch: shapes and dtypes, leaves `[batch, ...]`.
+        """
+        parts = (batch, None) if self._accumulate == 1 else ((batch,), (None,))
+        return self._attempt.trace(state, *parts)
 
     def default_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """What `Trainer.train_step` does unless it is overridden: every row of `batch` is real."""
@@ -165,7 +186,8 @@ class Steps:
             loss = self._strategy.sum(jnp.mean(jnp.asarray(loss))) / self._strategy.sum(1)
         # One call is one step of every log and cadence, however many optimizers moved in it.
         new_state = new_state.replace(step=state.step + 1)
-        return Updated(new_state, loss, None, [{"mask": _all_real(batch), **outputs}], per_example=False)
+        outputs = [{"mask": _all_real(batch), **outputs}]
+        return Updated(new_state, loss, None, None, outputs, per_example=False)
 
     def _update(self, state: TrainState, parts: Parts) -> Updated:
         examples, model_state, passes = self._examples(parts), state.model_state, []
@@ -179,23 +201,28 @@ class Steps:
             self._for_metrics(one.losses, one.outputs, batch, mask)
             for one, (batch, mask) in zip(passes, parts, strict=True)
         ]
-        done = Updated(state, loss, grads, outputs, passes[0].losses.ndim == 1)
         merged = self._strategy.merge_collections(model_state)
-        return self._apply(state, done, merged)._replace(
-            apply=lambda old: self._apply(old, done, merged).state
-        )
+        if self._precision.scaled:
+            scale = state.hooks[LOSS_SCALE].scale
+            grads = jax.tree.map(lambda grad: grad / scale.astype(grad.dtype), grads)
+            seen = {"loss_scale": scale, "skipped_updates": (~all_finite(grads)).astype(jnp.float32)}
+            outputs = [{**one, **seen} for one in outputs]
+        per_example = passes[0].losses.ndim == 1
+        return Updated(self._apply(state, grads, merged), loss, grads, merged, outputs, per_example)
 
-    def _apply(self, state: TrainState, done: Updated, merged: dict[str, Any]) -> Updated:
+    def _apply(self, state: TrainState, grads: PyTree, model_state: dict[str, Any]) -> TrainState:
+        new_state = state.apply_gradients(grads=grads, model_state=model_state)
         if not self._precision.scaled:
-            return done._replace(state=state.apply_gradients(grads=done.grads, model_state=merged))
-        memory: LossScale = state.hooks[LOSS_SCALE]
-        grads = jax.tree.map(lambda grad: grad / memory.scale.astype(grad.dtype), done.grads)
-        finite = all_finite(grads)
-        new_state = state.apply_gradients(grads=grads, model_state=merged)
+            return new_state
+        finite, memory = all_finite(grads), state.hooks[LOSS_SCALE]
         new_state = select(finite, new_state, state.replace(step=new_state.step))
-        new_state = new_state.replace(hooks={**state.hooks, LOSS_SCALE: adjusted(memory, finite)})
-        seen = {"loss_scale": memory.scale, "skipped_updates": (~finite).astype(jnp.float32)}
-        return done._replace(state=new_state, grads=grads, outputs=[{**one, **seen} for one in done.outputs])
+        return new_state.replace(hooks={**state.hooks, LOSS_SCALE: adjusted(memory, finite)})
+
+    def _again(self, done: Updated) -> Apply | None:
+        """Returns the update that was done as a function of the state before it; None where only the user can."""
+        if done.model_state is None:
+            return None
+        return functools.partial(self._apply, grads=done.grads, model_state=done.model_state)
 
     def _pass(
         self,
@@ -304,7 +331,8 @@ class Steps:
         found: dict[str, Any] = {}
 
         def run(state: TrainState, batch: Batch) -> TrainState:
-            done = self._step(state, ((batch, None),))
+            alone = self._accumulate == 1
+            done = self._attempt(state, batch, None) if alone else self._step(state, ((batch, None),))
             found["traits"] = Traits(done.per_example, shapes(done.outputs[0]))
             return done.state
 
@@ -344,8 +372,7 @@ class Steps:
 
     @functools.cached_property
     def _sees_one_example(self) -> bool:
-        rows = jax.ShapeDtypeStruct((self._strategy.shards,), bool)
-        return jax.eval_shape(self._strategy.example, rows).ndim == 0
+        return jax.eval_shape(self._strategy.example, jax.ShapeDtypeStruct((1,), bool)).ndim == 0
 
     # Pieces ---------------------------------------------------------------------------------------------------
 
@@ -374,14 +401,12 @@ class Steps:
         return {**outputs, "loss": rows, "mask": _or_all_real(mask, batch)}
 
 
-def with_raw_key(state: TrainState) -> TrainState:
-    """Returns `state` with its key as plain `uint32` data: a typed key costs Python work at each call of a step."""
-    return state.replace(rng=jax.random.key_data(key_of(state)))
+def _traced_once(fn: Callable[..., Any]) -> Any:
+    """Returns `fn` such that arguments of the same shapes are traced once for all programs that hold it.
 
-
-def with_typed_key(state: TrainState, impl: str) -> TrainState:
-    """Undoes `with_raw_key`."""
-    return state.replace(rng=jax.random.wrap_key_data(key_of(state), impl=impl))
+    Tracing a model takes as long as compiling a small one, and it is looked at before it is compiled.
+    """
+    return jax.jit(fn, inline=True)
 
 
 def shapes(tree: PyTree) -> PyTree:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -32,24 +33,25 @@ class Pass(NamedTuple):
     grads: PyTree
 
 
-class Updated(NamedTuple):
+@flax.struct.dataclass
+class Updated:
     """One optimizer update.
 
     Attributes:
         state: after it.
         loss: `float32[]`, mean over the real examples; None where an overridden `train_step` gave none.
         grads: of `loss`; None where `train_step` is overridden.
+        model_state: the collections after it; None where `train_step` is overridden.
         outputs: for the metrics, one mapping per batch of the step.
         per_example: whether the losses come one per example.
-        apply: the update of a given state with these gradients; None where `train_step` is overridden.
     """
 
     state: TrainState
     loss: jax.Array | None
     grads: PyTree
+    model_state: dict[str, Any] | None
     outputs: list[dict[str, Any]]
-    per_example: bool
-    apply: Apply | None = None
+    per_example: bool = flax.struct.field(pytree_node=False)
 
     def told(self, before: TrainState) -> StepValues:
         """Returns what hooks are told of this update of `before`."""

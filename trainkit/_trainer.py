@@ -10,7 +10,7 @@ import jax
 import optax
 
 from trainkit._ahead import compile_ahead
-from trainkit._allocator import freed_memory_is_kept, keep_freed_memory, only_cpu, switched_on
+from trainkit._allocator import arena_is_shared, describe_allocator, switched_on
 from trainkit._arguments import (
     check_accumulate,
     check_callbacks,
@@ -18,6 +18,7 @@ from trainkit._arguments import (
     check_metrics,
     check_steps_per_call,
     eval_sources,
+    first_spec,
     peek,
     with_defaults,
 )
@@ -26,6 +27,7 @@ from trainkit._compile_cache import kept_on_disk
 from trainkit._diagnosis import Diagnosis
 from trainkit._engine import Engine
 from trainkit._evaluate import evaluate, predict
+from trainkit._footprint import set_up_cpu
 from trainkit._history import History
 from trainkit._interrupts import Interrupts
 from trainkit._loop import Loop
@@ -129,8 +131,6 @@ class Trainer(Overridable):
         self._run = Run()
         self._keep_compiled = keep_compiled
         self._cpu_settings = cpu_settings and switched_on()
-        if self._cpu_settings and only_cpu():
-            keep_freed_memory()  # here, because it does nothing to the threads of a JAX that has started
         self._settings = CallSettings(check_steps_per_call(steps_per_call), self._cpu_settings)
         self._state: TrainState | None = None
         self._shown = False
@@ -180,6 +180,8 @@ class Trainer(Overridable):
         Args:
             batch: leaves `[batch, ...]`, as `fit` will see them.
         """
+        if self._cpu_settings:
+            set_up_cpu(self._engine.steps, lambda: batch)
         self._state = self._engine.init(self._seed, batch)
         return self.state
 
@@ -235,9 +237,9 @@ class Trainer(Overridable):
             callbacks=self._callbacks,
             logdir=self._logdir,
         )
+        if self._cpu_settings:
+            set_up_cpu(self._engine.steps, lambda: first_spec(source))
         interrupts = Interrupts(alone=self._strategy.processes == 1)
-        if self._cpu_settings and jax.default_backend() == "cpu":
-            keep_freed_memory()
         # The logs first: a folder that can't be written to is refused before anything compiles.
         with (
             interrupts.listening(),
@@ -370,11 +372,10 @@ class Trainer(Overridable):
     @final
     def summary(self) -> str:
         """Returns a table of the parameters: names, shapes, counts, bytes; then the totals, and how steps run."""
-        allocator = "keeps freed memory" if freed_memory_is_kept() else "as it was"
         settings = {
             "layout": self._strategy.describe(),
             "steps per call": self._engine.describe_calls(),
-            **({"allocator": allocator} if jax.default_backend() == "cpu" else {}),
+            **({"allocator": describe_allocator()} if jax.default_backend() == "cpu" else {}),
         }
         return overview(self.state, settings)
 
@@ -426,7 +427,7 @@ class Trainer(Overridable):
         if self._state is None:
             one_device = self._strategy.takes_host_batches and not isinstance(first, GlobalBatch)
             # Threads that compile stand in each other's way where they share one arena of the allocator.
-            if one_device and self._accumulate == 1 and not freed_memory_is_kept():
+            if one_device and self._accumulate == 1 and not arena_is_shared():
                 rows = request.source.batch_size or 0
                 compile_ahead(self._engine, request.source, first, rows, request.evaluations)
             self._state = self._engine.init(self._seed, first)
