@@ -24,10 +24,13 @@ class Dispatcher:
         self._callbacks = sorted(callbacks, key=lambda callback: callback.phase)
         self._info_for, self._act = info_for, act
         self._begun: list[Callback] = []
+        self._implementing: dict[str, list[Callback]] = {}
 
     def implementing(self, hook: str) -> list[Callback]:
         """Returns the callbacks that override `hook`, in order."""
-        return [callback for callback in self._callbacks if callback.implements(hook)]
+        if hook not in self._implementing:
+            self._implementing[hook] = [one for one in self._callbacks if one.implements(hook)]
+        return self._implementing[hook]
 
     def start(self) -> None:
         """Calls `on_fit_start`; from here on each callback reached is closed at the end."""

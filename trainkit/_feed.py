@@ -4,12 +4,15 @@ Owns the rule of padding, and the look ahead at the next batch; not the order of
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from trainkit._typing import Batch
 from trainkit.data._batch import batch_size_of, check_batch, mask, pad
 from trainkit.data._global_batch import GlobalBatch, spec_of
+from trainkit.data._row_numbers import RowNumbers
 from trainkit.parallel._strategy import Strategy
 
 _LOG = logging.getLogger("trainkit")
@@ -119,6 +122,58 @@ class SharedFeed(Feed):
 _END, _UNREAD = object(), object()
 
 
+class Block(Sequence[Fed]):
+    """Full batches of held data, which come as one array.
+
+    Attributes:
+        rows: `int32[batches, rows]`.
+
+    Args:
+        rows: as above.
+        mask: of each batch.
+    """
+
+    def __init__(self, rows: np.ndarray, mask: Any) -> None:
+        self.rows, self._mask = rows, mask
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Fed(self.rows[index], self._mask, self.rows.shape[1])
+
+    def stacked(self, size: int) -> tuple[np.ndarray, Any]:
+        """Returns the batches and their masks with `size` in front; what is beyond those there are is never read."""
+        rows = self.rows
+        if len(rows) < size:
+            rows = np.empty((size, rows.shape[1]), rows.dtype)
+            rows[: len(self.rows)] = self.rows
+        return rows, None if self._mask is None else np.broadcast_to(self._mask, (size, *self._mask.shape))
+
+
+class RowIntake:
+    """As `Intake`, for data that are held: full batches are taken many at a time, at the price of one."""
+
+    def __init__(self, numbers: RowNumbers, place: Callable[[Any], Fed]) -> None:
+        self._numbers, self._place = numbers, place
+
+    def more(self) -> bool:
+        """Says whether there is another batch."""
+        return len(self._numbers.head) > 0
+
+    def first(self) -> Fed:
+        """Returns the next batch, and leaves it where it is."""
+        return self._place(self._numbers.head)
+
+    def take(self, most: int, together: Callable[[Fed], bool]) -> Sequence[Fed]:
+        """Returns the next batches, as `Intake.take`."""
+        first, count = self.first(), min(most, self._numbers.full)
+        if count < 2 or not together(first):
+            next(self._numbers)
+            return [first]
+        return Block(self._numbers.take(count), first.mask)
+
+
 class Intake:
     """The batches of one pass on their way into a step, one of them looked at ahead.
 
@@ -148,7 +203,7 @@ class Intake:
             self._fed = self._placed(self._ahead)
         return self._fed
 
-    def take(self, most: int, together: Callable[[Fed], bool]) -> list[Fed]:
+    def take(self, most: int, together: Callable[[Fed], bool]) -> Sequence[Fed]:
         """Returns the next batches, up to `most`; `more` has said that there is one.
 
         Args:

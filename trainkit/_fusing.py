@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from trainkit._choice import Choice
-from trainkit._feed import Fed
+from trainkit._feed import Block, Fed
 from trainkit._held import NOTHING
 from trainkit._tree import is_key
 from trainkit._typing import PyTree
@@ -201,6 +201,9 @@ def _stacked_spec(leaf: Any, size: int) -> jax.ShapeDtypeStruct:
 
 
 def _stacked(feds: Sequence[Fed], size: int) -> PyTree:
+    if isinstance(feds, Block):
+        return feds.stacked(size)
+
     def stack(*leaves: np.ndarray) -> np.ndarray:
         # What a shorter call leaves free is never read.
         out = np.empty((size, *leaves[0].shape), leaves[0].dtype)

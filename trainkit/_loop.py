@@ -21,7 +21,7 @@ from trainkit._dispatch import Dispatcher, before_checkpoints, checkpoints, guar
 from trainkit._engine import Engine, key_impl
 from trainkit._evaluate import evaluate
 from trainkit._failures import Failures
-from trainkit._feed import Fed, Intake
+from trainkit._feed import Intake, RowIntake
 from trainkit._history import History
 from trainkit._interrupts import Interrupts
 from trainkit._record import Record
@@ -41,6 +41,7 @@ from trainkit.callbacks._info import Info
 from trainkit.checkpoint._store import Contents
 from trainkit.data._batch import batch_size_of, check_batch
 from trainkit.data._global_batch import spec_of
+from trainkit.data._row_numbers import RowNumbers
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.writers._writer import MetricWriter
 
@@ -194,12 +195,12 @@ class Loop:
             self.position.epoch += 1
         self._failures.begin(self._step, self.position)
         try:
-            batches = self._open_pass()
+            intake = self._open_pass()
             if not goes_on:
                 self._dispatch.call("on_epoch_start")
                 self._epoch_reader.take()
             if self.stopped_by is None:
-                self._run_pass(batches)
+                self._run_pass(intake)
             if not self._pass_told and not self._interrupted:
                 self._end_pass()
         finally:
@@ -209,23 +210,26 @@ class Loop:
 
     def _end_pass(self) -> None:
         self._pass_told = True
-        self._metrics.cut()
-        self._epoch_metrics = self._epoch_reader.take()
-        self._dispatch.call("on_epoch_end")
+        told = self._dispatch.implementing("on_epoch_end")
+        if any(callback.reads_epoch for callback in told):
+            self._metrics.cut()
+            self._epoch_metrics = self._epoch_reader.take()
+        self._dispatch.call_each("on_epoch_end", told)
         self._epoch_metrics = NO_METRICS
 
-    def _open_pass(self) -> Iterator[Batch]:
+    def _open_pass(self) -> Intake | RowIntake:
         batches, self._batches = self._batches, None
         if batches is None:
             batches = self._supply.batches(self.position.epoch - 1, self.position.batch)
-        return batches
-
-    def _run_pass(self, batches: Iterator[Any]) -> None:
-        feed, calls, metrics = self._prepared.feed, self._prepared.calls, self._metrics
-        place: Callable[[Any], Fed] = feed.place
+        feed = self._prepared.feed
         if self._request.accumulate > 1:
-            batches, place = _grouped(batches, self._request.accumulate), feed.place_group
-        intake = Intake(batches, place)
+            return Intake(_grouped(batches, self._request.accumulate), feed.place_group)
+        if isinstance(batches, RowNumbers):
+            return RowIntake(batches, feed.place)
+        return Intake(batches, feed.place)
+
+    def _run_pass(self, intake: Intake | RowIntake) -> None:
+        calls, metrics = self._prepared.calls, self._metrics
         more = intake.more()
         if not more:
             raise ValueError(
@@ -399,7 +403,7 @@ class Loop:
             step=self._step,
             epoch=self.position.epoch,
             state=lambda: self.state,
-            metrics=functools.cache(functools.partial(self._metrics_for, callback, hook)),
+            metrics=functools.partial(self._metrics_for, callback, hook),
             history=self._history,
             logdir=self._request.logdir,
             writer=self._record.writer(callback),

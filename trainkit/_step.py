@@ -148,7 +148,8 @@ class Steps:
             merged = self._merge_metrics(accumulator, merged, outputs)
         keep = admitted(self._hooks, new_state.hooks, values)
         if keep is not None:
-            new_state = settle(self._hooks, keep, values, new_state, self._again(done))
+            again, one_device = self._again(done), self._strategy.takes_host_batches
+            new_state = settle(self._hooks, keep, values, new_state, again, one_device=one_device)
             merged = select(keep, merged, packed)
         return with_raw_key(new_state), merged
 

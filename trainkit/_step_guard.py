@@ -1,7 +1,5 @@
 """What a step does with an update that a hook may refuse. Owns no update and no reason to refuse one."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +13,13 @@ _SMALL_STATE = 2**20
 
 
 def settle(
-    hooks: tuple[StepHook, ...], keep: jax.Array, values: StepValues, new: TrainState, apply: Apply | None
+    hooks: tuple[StepHook, ...],
+    keep: jax.Array,
+    values: StepValues,
+    new: TrainState,
+    apply: Apply | None,
+    *,
+    one_device: bool,
 ) -> TrainState:
     """Returns `new` where the update is kept, else the state before it as a refused step leaves it.
 
@@ -25,6 +29,7 @@ def settle(
         values: what they were told.
         new: the state after the update and the hooks.
         apply: the update again, None where it can't be told apart from the gradients.
+        one_device: whether the state lies on one device.
     """
     before = values.before
     assert before is not None  # the step always tells
@@ -32,7 +37,8 @@ def settle(
     memory = {hook.name: new.hooks[hook.name] for hook in hooks if hook.admit is not None}
     refused = before.replace(step=new.step, hooks={**before.hooks, **memory})
     if apply is None or _bytes(new) <= _SMALL_STATE:
-        return _choose(keep, new, refused)
+        in_turns = _in_turns if one_device else select
+        return jax.lax.platform_dependent(keep, new, refused, cpu=in_turns, default=select)
 
     def move(start: TrainState) -> TrainState:
         unasked = {name: before.hooks[name] for name in memory}
@@ -55,19 +61,23 @@ def _bytes(state: TrainState) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def _choose(keep: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """As `select`, in programs that XLA for CPUs makes faster code of: 1.2 instead of 1.9 times a tiny step."""
-    # Else `keep` is computed anew for each element; the index of a maximum is computed once.
-    keep = jnp.argmax(jnp.stack([~keep, jnp.ones_like(keep)])) == 1
+def _in_turns(keep: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """As `select`, one leaf after the other.
 
-    def pick(one: jax.Array, other: jax.Array) -> jax.Array:
-        other = jnp.broadcast_to(other, one.shape)
-        if one.dtype not in (jnp.float32, jnp.float64):
-            return jnp.where(keep, one, other)
-        # A choice becomes a branch around the computation of `one`, which is then not vectorised; bits do not.
-        bits = jnp.uint32 if one.dtype == jnp.float32 else jnp.uint64
-        kept = jnp.where(keep, ~jnp.zeros((), bits), jnp.zeros((), bits))
-        as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=bits)
-        return jax.lax.bitcast_convert_type((as_bits(one) & kept) | (as_bits(other) & ~kept), one.dtype)
+    XLA for CPUs hands operations to another thread where many are ready at once, and all of these wait for `keep`:
+    a step of 80 microseconds took 130 so, and takes 90 in turns.
+    """
+    chosen, ready = [], keep
+    leaves, structure = jax.tree.flatten(new)
+    for leaf, other in zip(leaves, structure.flatten_up_to(old), strict=True):
+        chosen.append(select(ready, leaf, other))
+        ready = keep | _never(chosen[-1])
+    return structure.unflatten(chosen)
 
-    return jax.tree.map(pick, new, old)
+
+def _never(leaf: jax.Array) -> jax.Array:
+    """Returns False, which is known only when `leaf` is."""
+    if not leaf.size or leaf.dtype not in (jnp.float32, jnp.int32, jnp.uint32):
+        return jnp.asarray(False)
+    word = jax.lax.bitcast_convert_type(leaf.reshape(-1)[0], jnp.uint32)
+    return word != jax.lax.optimization_barrier(word)

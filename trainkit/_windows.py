@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainkit._tree import describe
+from trainkit._tree import begin_fetch, describe
 from trainkit._typing import PyTree
 from trainkit.metrics._accumulator import Accumulator
+from trainkit.metrics._packing import Packed
 
 _LOG = logging.getLogger("trainkit")
 # Below this many segments a reader keeps them as they are; above it, the old ones are merged on the host.
@@ -53,20 +54,33 @@ NO_METRICS = Window(dict)
 """Where there is nothing to tell."""
 
 
+class Segment:
+    """What the step accumulated between two cuts, read once for all readers."""
+
+    def __init__(self, accumulator: Accumulator, packed: Packed) -> None:
+        self._accumulator, self.packed = accumulator, packed
+
+    @functools.cached_property
+    def metrics(self) -> Any:
+        """The metrics on the host; the first look waits for the devices."""
+        return self._accumulator.unpack(self.packed)
+
+
 class Merger:
     """Merges segments on the host, once for all readers that ask for the same."""
 
     def __init__(self, accumulator: Accumulator) -> None:
         self.accumulator = accumulator
-        self._done: collections.deque[tuple[Sequence[PyTree], Any, Any]] = collections.deque(maxlen=2)
+        self._done: collections.deque[tuple[Sequence[Segment], Any, Any]] = collections.deque(maxlen=2)
 
-    def __call__(self, segments: Sequence[PyTree], start: Any) -> Any:
+    def __call__(self, segments: Sequence[Segment], start: Any) -> Any:
         """Returns `start`, None for nothing, and then the segments, merged."""
         for known, begun, merged in self._done:
             if begun is start and len(known) == len(segments) and all(map(operator.is_, known, segments)):
                 return merged
-        self._done.append((segments, start, self.accumulator.merge(segments, start)))
-        return self._done[-1][2]
+        merged = self.accumulator.merge([segment.metrics for segment in segments], start)
+        self._done.append((segments, start, merged))
+        return merged
 
 
 class Reader:
@@ -75,23 +89,23 @@ class Reader:
     def __init__(self, merge: Merger) -> None:
         self._merge = merge
         self._merged: Any = None
-        self._segments: list[PyTree] = []
+        self._segments: list[Segment] = []
 
-    def add(self, segment: PyTree) -> None:
+    def add(self, segment: Segment) -> None:
         """Appends a segment; keeps the number of them bounded."""
         self._segments.append(segment)
         if len(self._segments) >= _MOST_SEGMENTS:
             old, self._segments = self._segments[: _MOST_SEGMENTS // 2], self._segments[_MOST_SEGMENTS // 2 :]
             self._merged = self._merge(old, self._merged)
 
-    def state_dict(self, index: Callable[[PyTree], int]) -> dict[str, Any]:
+    def state_dict(self, index: Callable[[Segment], int]) -> dict[str, Any]:
         """Returns what is not yet seen; `index` numbers the segments, which readers share."""
         merged = (
             None if self._merged is None else [np.asarray(leaf) for leaf in jax.tree.leaves(self._merged)]
         )
         return {"merged": merged, "segments": [index(segment) for segment in self._segments]}
 
-    def load_state_dict(self, state: Mapping[str, Any], segments: Sequence[PyTree]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], segments: Sequence[Segment]) -> None:
         """Takes back what `state_dict` returned, given the segments by their numbers."""
         self._merged, self._segments = None, [segments[number] for number in state["segments"]]
         if state["merged"] is not None:
@@ -138,10 +152,10 @@ class TrainMetrics:
         """Ends the running segment, hands it to the readers and starts its copy to the host."""
         if self.packed is self._empty:
             return
-        for leaf in jax.tree.leaves(self.packed):
-            leaf.copy_to_host_async()
+        begin_fetch(self.packed)
+        segment = Segment(self._merge.accumulator, self.packed)
         for reader in self._readers.values():
-            reader.add(self.packed)
+            reader.add(segment)
         self.packed = self._empty
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,10 +163,10 @@ class TrainMetrics:
 
         Nothing is cut: a run that looks here goes on as one that does not.
         """
-        segments: dict[int, PyTree] = {}
+        segments: dict[int, Segment] = {}
         numbers: dict[int, int] = {}
 
-        def index(segment: PyTree) -> int:
+        def index(segment: Segment) -> int:
             segments[id(segment)] = segment
             return numbers.setdefault(id(segment), len(numbers))
 
@@ -161,7 +175,9 @@ class TrainMetrics:
             "spec": [describe(part) for part in self._empty],
             "packed": None if self.packed is self._empty else [np.asarray(part) for part in self.packed],
             # One array for each part of a segment: there may be many segments.
-            "segments": [np.stack(parts) for parts in zip(*segments.values(), strict=True)],
+            "segments": [
+                np.stack(parts) for parts in zip(*(one.packed for one in segments.values()), strict=True)
+            ],
             "readers": readers,
         }
 
@@ -177,6 +193,7 @@ class TrainMetrics:
             )
             return
         self.packed = self._empty if state["packed"] is None else place(tuple(state["packed"]))
-        segments = list(zip(*state["segments"], strict=True))
+        parts = zip(*state["segments"], strict=True)
+        segments = [Segment(self._merge.accumulator, part) for part in parts]
         for name in self._readers.keys() & state["readers"].keys():
             self._readers[name].load_state_dict(state["readers"][name], segments)

@@ -73,6 +73,8 @@ class Callback:
     Attributes:
         every: cadence of `on_step`, each step by default.
         phase: place in the order at one step.
+        reads_epoch: whether `on_epoch_end` looks at `info.metrics`. Where no callback does, the metrics are not parted
+            at the end of a pass, which costs time where passes are short.
 
     Example:
         >>> class StopAt(Callback):
@@ -82,6 +84,7 @@ class Callback:
 
     every: Cadence = Every(steps=1)
     phase: ClassVar[Phase] = Phase.WRITE
+    reads_epoch: bool = True
 
     def on_fit_start(self, info: Info) -> Action:
         """Called once when a fit begins, with the state it begins from."""

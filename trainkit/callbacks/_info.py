@@ -113,7 +113,9 @@ class Info:
         callback last read this attribute in one of them; in `on_epoch_end` those over the pass; in
         `on_eval_end` the `<eval-name>/...` of this evaluation; else empty.
         """
-        return self._metrics()
+        if "_read" not in self.__dict__:
+            self.__dict__["_read"] = self._metrics()
+        return self.__dict__["_read"]
 
     def direction(self, name: str) -> str | None:
         """Returns "min" or "max" where a registered metric says which is better under that name, else None."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from trainkit._tree import copy_array
+from trainkit._tree import begin_fetch, copy_array
 from trainkit._when import Cadence, Every, as_cadence
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._hyperparams import labels_of, missing, values_of
@@ -79,8 +79,7 @@ class LearningRate(Callback):
         else:
             assert self._rate is not None
             rates = {self._name: self._rate(np.int32(info.step - 1))}
-        for rate in rates.values():
-            rate.copy_to_host_async()
+        begin_fetch(rates)
         self._pending = info.step, rates
 
     def on_eval_start(self, info: Info) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from trainkit._errors import NonFiniteError
 from trainkit._state import TrainState
-from trainkit._tree import copy_array
+from trainkit._tree import begin_fetch, copy_array
 from trainkit._when import Cadence, Every, as_cadence
 from trainkit.callbacks._callback import Action, Callback, Phase, Rollback, Update
 from trainkit.callbacks._info import Info
@@ -95,7 +95,7 @@ class NanGuard(Callback):
             return action  # this step is undone as well
         # Copied, because the next step takes the buffers of the state.
         record = copy_array(self._record(info.state))
-        record.copy_to_host_async()
+        begin_fetch(record)
         self._pending = info.step, record
         return None
 

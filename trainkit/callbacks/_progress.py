@@ -58,6 +58,7 @@ class Progress(Callback):
 
     def on_fit_start(self, info: Info) -> None:
         self._begin(info.step)
+        self.reads_epoch = bool(info.plan.eval_names)
         if jax.process_index() == 0:
             stream = self._stream or sys.stderr
             self._view = Bar(stream) if _is_terminal(stream) else Lines(stream)

@@ -15,6 +15,7 @@ from trainkit._tree import named_leaves
 from trainkit._typing import Batch, PyTree
 from trainkit.data._batch import is_numeric, not_numeric
 from trainkit.data._global_batch import GlobalBatch
+from trainkit.data._row_numbers import RowNumbers
 from trainkit.data._source import Source
 from trainkit.data._tensors import to_host
 
@@ -100,11 +101,12 @@ class Arrays(Source):
         """The arrays, NumPy leaves `[examples, ...]`."""
         return jax.tree_util.tree_unflatten(self._structure, self._leaves)
 
-    def row_numbers(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
-        """Returns an iterator over the numbers of the examples in the same batches, `int32[rows]` each."""
+    def row_numbers(self, epoch: int, start: int = 0) -> RowNumbers:
+        """Returns the same batches as the numbers of their examples."""
         self.check_position(epoch, start)
-        order = (self._order(epoch) if self._shuffle else np.arange(self.size)).astype(np.int32)
-        return (order[index * self._rows : (index + 1) * self._rows] for index in range(start, self._steps))
+        order = self._order(epoch) if self._shuffle else np.arange(self.size)
+        stop = self._steps * self._rows
+        return RowNumbers(order[start * self._rows : stop].astype(np.int32), self._rows)
 
     def num_rows(self, epoch: int, start: int = 0) -> int:
         """Returns how many examples epoch `epoch` yields from batch `start` to its end."""

@@ -211,25 +211,30 @@ class Accumulator:
         # CLU makes one row of a scalar output: no row of an example.
         return {k: v[mask] if v.shape[:1] == mask.shape else v for k, v in arrays.items()}
 
-    def merge(self, packed: Sequence[Packed], start: metrics.Collection | None = None) -> metrics.Collection:
+    def unpack(self, packed: Packed) -> metrics.Collection:
+        """Returns packed metrics, NumPy or JAX arrays, as the metrics carried, with leaves of float64 and int64."""
+        return self._layout().unpack_wide(packed)
+
+    def merge(
+        self, packed: Sequence[Packed | metrics.Collection], start: metrics.Collection | None = None
+    ) -> metrics.Collection:
         """Merges packed metrics on the host, in 64 bits, where long sums and counts stay exact.
 
         Args:
-            packed: packed metrics in the order of their steps, as NumPy or JAX arrays.
+            packed: packed metrics in the order of their steps, as NumPy or JAX arrays, or what `unpack` makes of them.
             start: what an earlier call returned for the steps before; None where there are none.
 
         Returns:
             The metrics carried, with NumPy leaves of float64 and int64.
         """
-        layout = self._layout()
-        parts = [layout.unpack_wide(part) for part in packed]
+        parts = [part if isinstance(part, metrics.Collection) else self.unpack(part) for part in packed]
         # One that was never updated would erase the value of metrics that keep the last one.
         used = [part for part in parts if part._reduction_counter.value > 1]
-        first = [] if start is None else [start]
-        with _host_arithmetic():
-            return functools.reduce(
-                lambda a, b: a.merge(b), [*first, *used] or [layout.unpack_wide(self._empty)]
-            )
+        merged, *others = [*([] if start is None else [start]), *used] or [self.unpack(self._empty)]
+        if others:
+            with _host_arithmetic():
+                merged = functools.reduce(lambda a, b: a.merge(b), others, merged)
+        return merged
 
     def compute(
         self, merged: metrics.Collection, collected: Sequence[Mapping[str, Any]] | None = None

@@ -9,8 +9,8 @@ a vector at each step would cost more than it saves.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +50,6 @@ def _wide(dtype: np.dtype) -> np.dtype:
 
 def _is_packed(leaf: jax.ShapeDtypeStruct) -> bool:
     return leaf.size <= _LARGEST_PACKED and _has_carrier(leaf.dtype)
-
-
-def _widened(leaf: np.ndarray) -> np.ndarray:
-    return leaf.astype(_wide(leaf.dtype), copy=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,34 +127,62 @@ class Packing:
             ValueError: if the arrays do not have this layout.
         """
         vector, *large = (np.asarray(part) for part in packed)
-        parts, size, others = self._plan
-        if vector.shape != (size,) or len(large) != others:
+        if vector.shape != (self._words,) or len(large) != len(self._large):
             raise ValueError(
-                f"The packed metrics must be a vector of {size} words and {len(self.leaves)} leaves in all, "
+                f"The packed metrics must be a vector of {self._words} words and {len(self.leaves)} leaves in all, "
                 f"got the shapes {[part.shape for part in (vector, *large)]}. They are of another collection."
             )
-        vector, rest = np.ascontiguousarray(vector), iter(large)
-        return self.treedef.unflatten(
-            [_widened(next(rest)) if part is None else part(vector) for part in parts]
-        )
+        leaves: list[Any] = [None] * len(self.leaves)
+        for index, leaf in zip(self._large, large, strict=True):
+            leaves[index] = leaf.astype(_wide(leaf.dtype), copy=False)
+        for group in self._groups:
+            group.read(vector, leaves)
+        return self.treedef.unflatten(leaves)
 
     @functools.cached_property
-    def _plan(self) -> tuple[list[Callable[[np.ndarray], np.ndarray] | None], int, int]:
-        """How each leaf is read from the vector on the host, None for those not in it; its size; those not in it."""
-        parts, start = [], 0
-        for spec in self.leaves:
-            parts.append(_reader(spec, start) if _is_packed(spec) else None)
-            start += spec.size if _is_packed(spec) else 0
-        return parts, start, parts.count(None)
+    def _words(self) -> int:
+        return sum(spec.size for spec in self.leaves if _is_packed(spec))
+
+    @functools.cached_property
+    def _large(self) -> list[int]:
+        return [index for index, spec in enumerate(self.leaves) if not _is_packed(spec)]
+
+    @functools.cached_property
+    def _groups(self) -> "list[_Group]":
+        starts = np.cumsum([0, *(spec.size if _is_packed(spec) else 0 for spec in self.leaves)])
+        by_dtype: dict[np.dtype, list[int]] = {}
+        for index, spec in enumerate(self.leaves):
+            if _is_packed(spec):
+                by_dtype.setdefault(spec.dtype, []).append(index)
+        return [_Group.of(self.leaves, starts, indices) for indices in by_dtype.values()]
 
 
-def _reader(spec: jax.ShapeDtypeStruct, start: int) -> Callable[[np.ndarray], np.ndarray]:
-    stop, carrier, dtype, wide = start + spec.size, _carrier(spec.dtype), spec.dtype, _wide(spec.dtype)
+class _Group(NamedTuple):
+    """The packed leaves of one dtype, which are read together.
 
-    def read(vector: np.ndarray) -> np.ndarray:
-        leaf = vector[start:stop].view(carrier)
+    Attributes:
+        words: where they are in the vector.
+        dtype: of the leaves.
+        places: of each leaf, its index in the tree, its place in the group, its shape.
+    """
+
+    words: np.ndarray
+    dtype: np.dtype
+    places: list[tuple[int, slice, tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, specs: Sequence[jax.ShapeDtypeStruct], starts: np.ndarray, indices: list[int]) -> "_Group":
+        stops = np.cumsum([specs[index].size for index in indices]).tolist()
+        places = [
+            (index, slice(stop - specs[index].size, stop), specs[index].shape)
+            for index, stop in zip(indices, stops, strict=True)
+        ]
+        words = np.concatenate([np.arange(starts[index], starts[index + 1]) for index in indices])
+        return cls(words, specs[indices[0]].dtype, places)
+
+    def read(self, vector: np.ndarray, leaves: list[Any]) -> None:
+        values = vector[self.words].view(_carrier(self.dtype))
         # By way of its own dtype, which a bool is not told from an int without.
-        leaf = leaf if carrier == dtype else leaf.astype(dtype)
-        return leaf.astype(wide, copy=False).reshape(spec.shape)
-
-    return read
+        values = values.astype(self.dtype, copy=False).astype(_wide(self.dtype), copy=False)
+        for index, place, shape in self.places:
+            leaves[index] = values[place].reshape(shape)
