@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +110,7 @@ class _Calls:
         self._root = "model"
         self._names: list[str] = []
         self._told: dict[int, tuple[bool, bool]] = {}
+        self._lock = threading.Lock()
 
     def __call__(
         self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
@@ -139,9 +141,11 @@ class _Calls:
         return "/".join((self._root, *module.path))
 
     def _note(self, index: int, inputs: Any, output: Any) -> None:
-        # Told several times where one trace runs for several examples, devices or rounds of a scan.
-        before = self._told.get(index, (True, True))
-        self._told[index] = before[0] and bool(inputs), before[1] and bool(output)
+        # Told several times where one trace runs for several examples, rounds of a scan, or devices, each of which
+        # tells it in a thread of its own.
+        with self._lock:
+            before = self._told.get(index, (True, True))
+            self._told[index] = before[0] and bool(inputs), before[1] and bool(output)
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
