@@ -14,7 +14,6 @@ from flax import linen as nn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import trainkit as tk
-from tests.compiled import kept_in
 
 STEPS_PER_EPOCH, EPOCHS = 8, 5
 STEPS = STEPS_PER_EPOCH * EPOCHS
@@ -143,6 +142,11 @@ class Run:
             Net(), tx, callbacks=callbacks, logdir=logdir, accumulate=accumulate, strategy=strategy
         )
 
+    def sharing(self, engines):
+        """Takes the compiled steps of the run before, of which there are many: they are the same programs."""
+        vars(self.trainer)["_engine"] = engines.setdefault(self.accumulate, self.trainer._engine)
+        return self
+
     def fit(self, epochs=EPOCHS, eval_every=None):
         data = Seen(self.seen, arrays(68 * self.accumulate, 0), 8, shuffle=True, seed=3)
         sources = {
@@ -188,11 +192,8 @@ def scalars_of(logdir):
     return jsonl, tensorboard
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Keeps what is compiled on disk: each test makes two trainers of the same programs."""
-    with kept_in(tmp_path_factory.mktemp("cache")):
-        yield
+ENGINES = {}
+"""Compiled steps by the number of batches that make a step."""
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +204,7 @@ def whole(tmp_path_factory):
     def run(accumulate):
         if accumulate not in runs:
             logdir = tmp_path_factory.mktemp("whole")
-            one = Run(logdir, accumulate=accumulate)
+            one = Run(logdir, accumulate=accumulate).sharing(ENGINES)
             result = one.fit()
             runs[accumulate] = everything(one, result), scalars_of(logdir), one.seen
         return runs[accumulate]
@@ -212,13 +213,13 @@ def whole(tmp_path_factory):
 
 
 def broken_and_resumed(logdir, break_off, accumulate=1):
-    first = Run(logdir, break_off, accumulate=accumulate)
+    first = Run(logdir, break_off, accumulate=accumulate).sharing(ENGINES)
     if break_off._how == "raise":
         with pytest.raises(RuntimeError, match="broken off"):
             first.fit()
     else:
         assert first.fit().stopped_by == break_off._how
-    second = Run(logdir, accumulate=accumulate)
+    second = Run(logdir, accumulate=accumulate).sharing(ENGINES)
     return first, second, second.fit()
 
 
@@ -267,25 +268,25 @@ def test_accumulated_steps_resume_the_same(tmp_path, whole, step):
 def test_a_run_broken_off_again_and_again_ends_the_same(tmp_path, whole):
     expected, logs, _ = whole(1)
     for step in (2, 6, 8, 13, 24, 30, 40):
-        run = Run(tmp_path, BreakOff(step))
+        run = Run(tmp_path, BreakOff(step)).sharing(ENGINES)
         result = run.fit()
     assert result.stopped_by == "SIGTERM"
-    run = Run(tmp_path)
+    run = Run(tmp_path).sharing(ENGINES)
     assert_same(everything(run, run.fit()), expected)
     assert scalars_of(tmp_path) == logs
 
 
 def test_a_finished_run_started_again_returns_what_it_returned(tmp_path, whole):
     expected, logs, _ = whole(1)
-    Run(tmp_path).fit()
-    again = Run(tmp_path)
+    Run(tmp_path).sharing(ENGINES).fit()
+    again = Run(tmp_path).sharing(ENGINES)
     assert_same(everything(again, again.fit()), expected)
     assert scalars_of(tmp_path) == logs
 
 
 def test_a_finished_run_goes_on_to_more_epochs_as_one_that_was_asked_for_them_at_once(tmp_path, whole):
     expected, logs, _ = whole(1)
-    Run(tmp_path).fit(epochs=3)
-    longer = Run(tmp_path)
+    Run(tmp_path).sharing(ENGINES).fit(epochs=3)
+    longer = Run(tmp_path).sharing(ENGINES)
     assert_same(everything(longer, longer.fit()), expected)
     assert scalars_of(tmp_path) == logs

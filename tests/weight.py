@@ -5,7 +5,6 @@ knows every number of a fit without computing one.
 """
 
 import functools
-import os
 
 import jax
 import numpy as np
@@ -33,9 +32,7 @@ class WeightTrainer(tk.Trainer):
 
 @functools.cache
 def _shared():
-    # Else the calls of a test would depend on what tests before it measured. `make fused` gives a number.
-    calls = int(os.environ.get("TRAINKIT_TEST_STEPS_PER_CALL", 1))
-    made = WeightTrainer(Weight(), optax.sgd(1.0), steps_per_call=calls)
+    made = WeightTrainer(Weight(), optax.sgd(1.0))
     return made._engine, made.init(np.zeros(4, np.float32))
 
 
