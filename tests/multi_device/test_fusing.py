@@ -18,7 +18,7 @@ STRATEGIES = {
 }
 
 
-def fit(monkeypatch, strategy, data, choice, **options):
+def fit(strategy, data, choice, **options):
     """A fit whose steps are put into calls as `choice` says."""
     sizes, begin, call = [], Calls.begin, Calls.__call__
 
@@ -26,27 +26,27 @@ def fit(monkeypatch, strategy, data, choice, **options):
         sizes.append(len(feds))
         return call(self, raw, packed, feds)
 
-    monkeypatch.setattr(Calls, "begin", lambda self, given, *rest: begin(self, choice, *rest))
-    monkeypatch.setattr(Calls, "__call__", spy)
     callbacks = [tk.callbacks.EMA(0.9), tk.callbacks.LogMetrics(every=tk.Every(steps=5))]
     model = Net(norm=False)
     trainer = NetTrainer(
         model, optax.sgd(0.05, momentum=0.9), strategy=strategy, callbacks=callbacks, **options
     )
-    result = trainer.fit(data, epochs=3)
-    monkeypatch.undo()
-    return result, sizes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Calls, "begin", lambda self, given, *rest: begin(self, choice, *rest))
+        patch.setattr(Calls, "__call__", spy)
+        return trainer.fit(data, epochs=3), sizes
 
 
+@pytest.mark.usefixtures("auto")
 @pytest.mark.parametrize(
     ("name", "kind"), [*((name, "scanned") for name in STRATEGIES), ("Pmap", "unrolled")]
 )
-def test_calls_of_several_steps_under_each_strategy(monkeypatch, name, kind):
+def test_calls_of_several_steps_under_each_strategy(name, kind):
     # The last batch of a pass is padded.
     data = [*batches(4), *batches(1, rows=5)]
     options = {"accumulate": 2} if kind == "unrolled" else {}
-    expected, _ = fit(monkeypatch, STRATEGIES[name](), data, Choice(), **options)
-    got, sizes = fit(monkeypatch, STRATEGIES[name](), data, Choice(kind, 2), **options)
+    expected, _ = fit(STRATEGIES[name](), data, Choice(), **options)
+    got, sizes = fit(STRATEGIES[name](), data, Choice(kind, 2), **options)
     assert max(sizes) == 2
     assert sum(sizes) == got.step == expected.step
     same = [state.replace(apply_fn=None, tx=None) for state in (got.state, expected.state)]
