@@ -40,6 +40,7 @@ LAYERS = (
             "_allocator",
             "_compile_cache",
             "_choice",
+            "_jaxprs",
         ),
     ),
     # What the packages of L1 are about: they take and return it.
@@ -60,6 +61,7 @@ LAYERS = (
                 "_checks",
                 "_feed",
                 "_held",
+                "_looped",
                 "_engine",
                 "_windows",
                 "_result",

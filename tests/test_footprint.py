@@ -12,7 +12,8 @@ from flax import linen as nn
 
 import trainkit as tk
 from tests.digits import Net, NetTrainer, batches
-from trainkit._footprint import _peak, step_bytes
+from trainkit._footprint import step_bytes
+from trainkit._jaxprs import peak_bytes
 
 ROOT = __file__.rsplit("/", 2)[0]
 KIB = 1024
@@ -20,7 +21,7 @@ ROW = jax.ShapeDtypeStruct((KIB // 4,), jnp.float32)
 
 
 def peak(fn, *args):
-    return _peak(jax.make_jaxpr(fn)(*args).jaxpr)
+    return peak_bytes(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
 def test_values_are_alive_from_their_maker_to_their_last_reader():

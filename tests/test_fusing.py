@@ -246,7 +246,7 @@ class Clock:
 class FakePrograms:
     """Programs of given speeds."""
 
-    platform, any_size, bytes, text = "cpu", True, 1000, ""
+    platform, any_size, bytes, convolves = "cpu", True, 1000, False
 
     def lower(self, choice):
         return choice
@@ -337,18 +337,18 @@ def test_what_the_host_does_between_steps_is_not_counted():
 
 
 def test_candidates():
-    def found(seconds, text="", size=1000, platform="cpu"):
-        return {*map(str, _tuning.candidates(seconds, size, platform, text, cpu_settings=False))}
+    def found(seconds, convolves=False, size=1000, platform="cpu"):
+        found = _tuning.candidates(seconds, size, platform, convolves=convolves, cpu_settings=False)
+        return {*map(str, found)}
 
-    convolution = "stablehlo.convolution"
     assert found(1e-4) == {"scanned 50"}
-    assert found(1e-4, convolution) == {"unrolled 4"}
+    assert found(1e-4, convolves=True) == {"unrolled 4"}
     assert found(1e-2) == {"scanned 50", "unrolled 4"}
-    assert found(0.03, convolution) == {"unrolled 4"}
-    assert found(0.2, convolution) == {"unrolled 2"}  # no more than half a second of work
+    assert found(0.03, convolves=True) == {"unrolled 4"}
+    assert found(0.2, convolves=True) == {"unrolled 2"}  # no more than half a second of work
     assert found(0.3) == found(1e-2, platform="gpu") == set()
     assert found(1e-4, size=2**20) == {"scanned 16"}  # no more than 16 MiB of batches
-    assert found(1e-4, convolution, platform="gpu") == {"scanned 50"}
+    assert found(1e-4, convolves=True, platform="gpu") == {"scanned 50"}
 
 
 class Inline:

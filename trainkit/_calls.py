@@ -10,7 +10,7 @@ from trainkit._feed import Fed
 from trainkit._fusing import Make, Programs, form_of, make_of
 from trainkit._held import NOTHING
 from trainkit._remembered import Remembered, cache_folder
-from trainkit._tuning import Tuner, convolves
+from trainkit._tuning import Tuner
 from trainkit._typing import PyTree
 from trainkit.parallel._strategy import Strategy
 
@@ -168,7 +168,7 @@ class Calls:
             tuner.settle(choice)
 
     def _no_loop(self, programs: Programs) -> bool:
-        return programs.platform == "cpu" and convolves(programs.text)
+        return programs.platform == "cpu" and programs.convolves
 
     def _fits(self, tuner: Any, feds: Sequence[Fed]) -> bool:
         choice = tuner.current

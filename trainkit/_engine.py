@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from trainkit._calls import ONE_BY_ONE, Calls, CallSettings
 from trainkit._feed import Feed, SharedFeed
 from trainkit._held import NOTHING, Supply, can_hold, pick
+from trainkit._looped import LoopedFeed, looped
 from trainkit._state import TrainState, key_of, with_raw_key
 from trainkit._step import Steps, Traits, explained_errors
 from trainkit._tree import copy_arrays, describe, differences, is_key, key_generator, signature
 from trainkit._typing import Batch, PyTree
+from trainkit.data._arrays import Arrays
 from trainkit.data._batch import batch_size_of, check_batch, unpad
 from trainkit.data._global_batch import GlobalBatch, spec_of
 from trainkit.data._source import Source
@@ -49,6 +51,7 @@ class Prepared(NamedTuple):
         empty: what the carried metrics start from, on the devices.
         feed: places the batches.
         calls: dispatches training steps, one or several at a time.
+        batches: what the feed takes in place of the batches of the source.
     """
 
     step: Callable[..., Any]
@@ -56,6 +59,7 @@ class Prepared(NamedTuple):
     empty: PyTree
     feed: Feed
     calls: Calls
+    batches: Iterator[Any] | None = None
 
 
 class Engine:
@@ -197,22 +201,42 @@ class Engine:
         check_batch(first)
         rows = batch_size_of(first)
         traits = self._inspect("evaluation", self.steps.inspect_eval, state, first)
+        exact = traits.per_example
         feed = self._feed(
             rows=rows,
             may_be_partial=source.may_be_partial,
-            exact=traits.per_example,
+            exact=exact,
             what="evaluation",
             why="the loss is a scalar",
         )
-        compiled = functools.partial(
-            self.strategy.compile,
-            inputs=(Role.STATE, Role.WHOLE, Role.ROWS, Role.ROWS),
-            outputs=(Role.WHOLE, Role.ROWS),
-        )
-        prepared = self._prepare("evaluation", self.steps.evaluate, compiled, state, traits, feed)
+        prepared = self._prepare("evaluation", self.steps.evaluate, self._compiled_eval, state, traits, feed)
+        arrays = self._looped_over(source, prepared.accumulator, traits)
+        if arrays is not None:
+            feed = LoopedFeed(self.strategy, rows)
+            step, batches = self._in_loop(prepared.step, rows, exact), arrays.pieces(0, feed.examples)
+            prepared = prepared._replace(step=step, feed=feed, batches=batches)
         self.wait_for("evaluation")
         zero = self.strategy.replicate(jnp.zeros((), jnp.int32))
         return prepared._replace(empty=(prepared.empty, zero))
+
+    def _compiled_eval(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        inputs, outputs = (Role.STATE, Role.WHOLE, Role.ROWS, Role.ROWS), (Role.WHOLE, Role.ROWS)
+        return self.strategy.compile(step, inputs=inputs, outputs=outputs)
+
+    @functools.cache  # noqa: B019 - one engine lives as long as its trainer
+    def _in_loop(self, step: Callable[..., Any], rows: int, masked: bool) -> Callable[..., Any]:
+        return self._compiled_eval(looped(step, rows, masked=masked))
+
+    def _looped_over(self, source: Source, accumulator: Accumulator, traits: Traits) -> Arrays | None:
+        """Returns `source` where one call evaluates many of its batches, None where each is a call."""
+        exact = traits.per_example or not source.may_be_partial
+        # Elsewhere than on a CPU the host would decide after each round of the loop whether there is another.
+        if not (
+            traits.light and exact and jax.default_backend() == "cpu" and self.strategy.takes_host_batches
+        ):
+            return None
+        # A subclass may do anything to its batches.
+        return source if type(source) is Arrays and not accumulator.has_collecting else None
 
     def evaluated(self, state: TrainState) -> TrainState:
         """Returns the part of `state` that an evaluation takes: what it does not look at costs time at each call."""

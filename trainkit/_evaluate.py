@@ -38,23 +38,24 @@ def evaluate(
     first, batches = _peek(engine, source)
     prepared = engine.prepare_eval(state, source, first)
     state = with_raw_key(engine.evaluated(state))
-    strategy, accumulator = engine.strategy, prepared.accumulator
-    carry, segments, given = prepared.empty, [], 0
-    rows = _Rows(engine)
-    for number, batch in enumerate(batches, start=1):
+    accumulator, feed, rows = prepared.accumulator, prepared.feed, _Rows(engine)
+    collects, in_flight = accumulator.has_collecting, feed.in_flight
+    carry, segments, carried, given = prepared.empty, [], 0, 0
+    for number, batch in enumerate(prepared.batches or batches, start=1):
         if interrupted():
             return None
-        fed = prepared.feed.place(batch)
+        fed = feed.place(batch)
         carry, collected = prepared.step(state, carry, fed.batch, fed.mask)
         given += fed.real
-        if accumulator.has_collecting:
+        carried += fed.batches
+        if collects:
             rows.add(collected, fed.real)
-        if number % _STEPS_PER_SEGMENT == 0:
+        if carried >= _STEPS_PER_SEGMENT:
             segments.append(carry)
-            carry = prepared.empty
-        if strategy.in_flight and number % strategy.in_flight == 0:
+            carry, carried = prepared.empty, 0
+        if in_flight and number % in_flight == 0:
             jax.block_until_ready(carry)
-    segments = [strategy.fetch(segment) for segment in [*segments, carry]]
+    segments = [engine.strategy.fetch(segment) for segment in [*segments, carry]]
     _check_count(sum(int(counted) for _, counted in segments), given, source)
     merged = accumulator.merge([packed for packed, _ in segments])
     return accumulator.compute(merged, rows.all())

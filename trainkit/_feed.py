@@ -58,6 +58,11 @@ class Feed:
         self._full_mask = strategy.place(mask(self._rows, self._rows)) if masked else None
         self._announced = False
 
+    @property
+    def in_flight(self) -> int | None:
+        """Calls that may be dispatched ahead of the devices; None where the backend limits itself."""
+        return self._strategy.in_flight
+
     def place(self, batch: Any) -> Fed:
         """Returns `batch` on the devices.
 

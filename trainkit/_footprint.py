@@ -4,13 +4,13 @@ Owns the estimate, and what it decides about the allocator; traces and runs noth
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 
 from trainkit._allocator import LARGEST_OF_A_THREAD, has_started, keep_freed_memory, only_cpu, use_one_arena
+from trainkit._jaxprs import peak_bytes
 from trainkit._step import Steps
 from trainkit._typing import Batch
 
@@ -48,36 +48,8 @@ def step_bytes(steps: Steps, batch: Batch) -> int:
     """
     spec = jax.tree.map(_spec, batch)
     state = jax.eval_shape(steps.init, jax.eval_shape(lambda: jax.random.key(0)), spec)
-    return _peak(steps.trace(state, spec).jaxpr.jaxpr)
+    return peak_bytes(steps.trace(state, spec).jaxpr.jaxpr)
 
 
 def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
-
-
-def _peak(jaxpr: Any) -> int:
-    """Returns the most bytes of values alive at once, each from the operation that makes it to its last reader."""
-    last = {var: index for index, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn.invars)}
-    results = set(_variables(jaxpr.outvars))
-    alive: dict[Any, int] = {}
-    held = most = 0
-    for index, eqn in enumerate(jaxpr.eqns):
-        made = {var: _bytes(var) for var in eqn.outvars}
-        inside = max(map(_peak, jex.jaxprs_in_params(eqn.params)), default=0)
-        most = max(most, held + max(inside, sum(made.values())))
-        for var in made.keys() & last.keys() - results:
-            alive[var] = made[var]
-            held += made[var]
-        for var in set(_variables(eqn.invars)):
-            if last[var] == index:
-                held -= alive.pop(var, 0)
-    return most
-
-
-def _variables(atoms: Any) -> Iterator[Any]:
-    return (atom for atom in atoms if not isinstance(atom, jex.Literal))
-
-
-def _bytes(var: Any) -> int:
-    aval = var.aval
-    return aval.size * getattr(aval.dtype, "itemsize", 0) if hasattr(aval, "dtype") else 0

@@ -10,6 +10,7 @@ import numpy as np
 from trainkit._choice import Choice
 from trainkit._feed import Block, Fed
 from trainkit._held import NOTHING
+from trainkit._jaxprs import convolves
 from trainkit._tree import is_key
 from trainkit._typing import PyTree
 from trainkit.parallel._strategy import Role, Strategy
@@ -121,13 +122,17 @@ class Programs:
         """Whether a step can share a program with those after it: it can be lowered, and its state keeps its form."""
         if not self.can_lower:
             return False
-        single: Any = self.single
-        return form_of(single.eval_shape(*self._example)) == form_of(self._example[:2])
+        return form_of(self._traced.out_info) == form_of(self._example[:2])
+
+    @property
+    def convolves(self) -> bool:
+        """Whether the step has a convolution."""
+        return convolves(self._traced.jaxpr.jaxpr)
 
     @functools.cached_property
     def text(self) -> str:
         """The single step as StableHLO."""
-        return self._lowered_single().as_text()
+        return self._traced.lower().as_text()
 
     @property
     def any_size(self) -> bool:
@@ -138,7 +143,7 @@ class Programs:
     def lower(self, choice: Choice) -> jax.stages.Lowered:
         """Returns the program of `choice`, traced and not yet compiled."""
         if choice.kind == "single":
-            return self._lowered_single()
+            return self._traced.lower()
         raw, packed, held, batch, mask = self._example
         given = jax.tree.map(lambda leaf: _stacked_spec(leaf, choice.size), (batch, mask))
         if not self._stacked:
@@ -166,9 +171,10 @@ class Programs:
 
         return run
 
-    def _lowered_single(self) -> jax.stages.Lowered:
+    @functools.cached_property
+    def _traced(self) -> jax.stages.Traced:
         single: Any = self.single
-        return single.lower(*self._example)
+        return single.trace(*self._example)
 
     def _fused(
         self, choice: Choice, raw: Any, packed: Any, held: Any, count: Any, batches: Any, masks: Any

@@ -19,6 +19,7 @@ from trainkit._checks import (
     explained_shapes,
 )
 from trainkit._context import StepContext
+from trainkit._jaxprs import is_light
 from trainkit._model import Model
 from trainkit._precision import Precision
 from trainkit._state import TrainState, key_of, with_raw_key, with_typed_key
@@ -51,10 +52,12 @@ class Traits(NamedTuple):
     Attributes:
         per_example: whether the loss comes one per example, so that padding is exact.
         outputs: shapes and dtypes of what goes to the metrics.
+        light: whether an evaluation step is over sooner than the host can call it, and as well in a loop.
     """
 
     per_example: bool
     outputs: dict[str, Any]
+    light: bool = False
 
 
 Parts = tuple[tuple[Batch, jax.Array | None], ...]
@@ -337,9 +340,9 @@ class Steps:
             found["traits"] = Traits(done.per_example, shapes(done.outputs[0]))
             return done.state
 
-        new_state = self._abstractly(run, state, batch)
+        new_state = self._abstractly(run, state, batch)[1]
         if self._user.train_step is not None:
-            check_carried(state, new_state, lambda: self._abstractly(run, new_state, batch))
+            check_carried(state, new_state, lambda: self._abstractly(run, new_state, batch)[1])
         return found["traits"]
 
     def inspect_eval(self, state: TrainState, batch: Batch) -> Traits:
@@ -356,8 +359,8 @@ class Steps:
             found["traits"] = Traits(per_example, shapes(outputs))
             return state.step
 
-        self._abstractly(run, state, batch)
-        return found["traits"]
+        jaxpr = self._abstractly(run, state, batch)[0]
+        return found["traits"]._replace(light=is_light(jaxpr))
 
     def _abstractly(self, run: Callable[[TrainState, Batch], Any], state: TrainState, batch: Batch) -> Any:
         shards = self._strategy.shards
@@ -369,7 +372,8 @@ class Steps:
 
         compiled = self._strategy.compile(run, inputs=(Role.STATE, Role.ROWS), outputs=Role.STATE)
         with explained_errors():
-            return jax.eval_shape(compiled, state, jax.tree.map(divisible, batch))
+            trace = jax.make_jaxpr(compiled, return_shape=True)
+            return trace(state, jax.tree.map(divisible, batch))
 
     @functools.cached_property
     def _sees_one_example(self) -> bool:

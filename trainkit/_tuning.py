@@ -32,7 +32,7 @@ _LEAST_GAIN = 0.98
 
 
 def candidates(
-    seconds: float, size_bytes: int, platform: str, text: str, *, cpu_settings: bool
+    seconds: float, size_bytes: int, platform: str, *, convolves: bool, cpu_settings: bool
 ) -> list[Choice]:
     """Returns what is worth measuring beside single steps.
 
@@ -40,25 +40,20 @@ def candidates(
         seconds: that a single step takes.
         size_bytes: of one batch.
         platform: of the devices.
-        text: the step, as StableHLO.
+        convolves: whether the step has a convolution.
         cpu_settings: whether XLA's scheduler may be chosen.
     """
     most = min(_MOST_STEPS, int(_LONGEST_CALL / seconds), STACKED_BYTES // max(size_bytes, 1))
     if most < 2 or (platform != "cpu" and seconds > _SMALL_STEP):
         return []
     kinds = [Choice("scanned", most)]
-    if platform == "cpu" and convolves(text):
+    if platform == "cpu" and convolves:
         kinds = [Choice("unrolled", min(most, 4))]
     elif platform == "cpu" and seconds > _SMALL_STEP:
         kinds += [Choice("unrolled", min(most, 4))]
     if platform == "cpu" and cpu_settings and seconds <= _SMALL_STEP:
         kinds += [Choice(kinds[0].kind, kinds[0].size, "memory"), Choice(scheduler="memory")]
     return kinds
-
-
-def convolves(text: str) -> bool:
-    """Says whether a program, as StableHLO, has a convolution: XLA runs those many times slower in loops on a CPU."""
-    return "stablehlo.convolution" in text
 
 
 class Tuner:
@@ -169,7 +164,7 @@ class Tuner:
             self._single_seconds,
             self.programs.bytes,
             self.programs.platform,
-            self.programs.text,
+            convolves=self.programs.convolves,
             cpu_settings=self._cpu_settings,
         )
         self._best = {SINGLE: self._single_seconds}

@@ -108,12 +108,6 @@ class Arrays(Source):
         stop = self._steps * self._rows
         return RowNumbers(order[start * self._rows : stop].astype(np.int32), self._rows)
 
-    def num_rows(self, epoch: int, start: int = 0) -> int:
-        """Returns how many examples epoch `epoch` yields from batch `start` to its end."""
-        self.check_position(epoch, start)
-        end = self._steps * self._rows if self._drop_last else self.size
-        return max(end - start * self._rows, 0)
-
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Returns an iterator over the batches of an epoch; those before `start` cost nothing.
 
@@ -125,7 +119,22 @@ class Arrays(Source):
             ValueError: a number is negative, or `start` lies beyond the epoch.
         """
         self.check_position(epoch, start)
-        return self._shuffled(epoch, start) if self._shuffle else self._in_order(start)
+        return self.pieces(epoch, self._rows, start)
+
+    def pieces(self, epoch: int, rows: int, start: int = 0) -> Iterator[Batch]:
+        """Returns an iterator over the examples in the batches of an epoch, in their order but `rows` at a time."""
+        order = self._order(epoch) if self._shuffle else None
+        stop = min(self._steps * self._rows, self.size)
+        return (self._cut(order, first, min(first + rows, stop)) for first in range(start * rows, stop, rows))
+
+    def _cut(self, order: np.ndarray | None, start: int, stop: int) -> Batch:
+        rows = slice(start, stop)
+        if order is None:
+            leaves = [leaf[rows] for leaf in self._leaves]
+        else:
+            # `take` copies small rows two to three times faster than fancy indexing does.
+            leaves = [leaf.take(order[rows], axis=0) for leaf in self._leaves]
+        return jax.tree_util.tree_unflatten(self._structure, leaves)
 
     def global_batches(self, epoch: int, start: int = 0) -> Iterator[GlobalBatch]:
         """Returns an iterator over the same batches; what is not asked of them is not read."""
@@ -138,30 +147,13 @@ class Arrays(Source):
         size = min(self._rows, self.size - first)
 
         def read(start: int, stop: int) -> Batch:
-            rows = slice(first + start, first + stop)
-            leaves = [
-                leaf[rows] if order is None else leaf.take(order[rows], axis=0) for leaf in self._leaves
-            ]
-            return jax.tree_util.tree_unflatten(self._structure, leaves)
+            return self._cut(order, first + start, first + stop)
 
         def spec() -> Batch:
             leaves = [jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype) for leaf in self._leaves]
             return jax.tree_util.tree_unflatten(self._structure, leaves)
 
         return GlobalBatch(size, read, spec)
-
-    def _in_order(self, start: int) -> Iterator[Batch]:
-        for index in range(start, self._steps):
-            rows = slice(index * self._rows, (index + 1) * self._rows)
-            yield jax.tree_util.tree_unflatten(self._structure, [leaf[rows] for leaf in self._leaves])
-
-    def _shuffled(self, epoch: int, start: int) -> Iterator[Batch]:
-        order = self._order(epoch)
-        for index in range(start, self._steps):
-            rows = order[index * self._rows : (index + 1) * self._rows]
-            # `take` copies small rows two to three times faster than fancy indexing does.
-            leaves = [leaf.take(rows, axis=0) for leaf in self._leaves]
-            yield jax.tree_util.tree_unflatten(self._structure, leaves)
 
     def _order(self, epoch: int) -> np.ndarray:
         kept = self._order_of
