@@ -15,6 +15,9 @@ from _workloads import Metrics, Workload
 
 SCHEDULER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
+ONE_ARENA = ("W3", "W4")
+"""Workloads whose step works on more than an arena of a thread holds."""
+
 # By hand ------------------------------------------------------------------------------------------------------
 
 
@@ -32,12 +35,12 @@ def by_hand(task: Task, tmp: str, *, sync: bool = False) -> Running:
 
 def by_hand_tuned(task: Task, tmp: str) -> Running:
     """The same with the settings trainkit chooses on CPUs: freed memory kept, the faster of two schedulers."""
-    return tuned_loop(_workloads.load(task))
+    return tuned_loop(_workloads.load(task), one_arena=task.name in ONE_ARENA)
 
 
-def tuned_loop(workload: Workload) -> Running:
+def tuned_loop(workload: Workload, *, one_arena: bool = False) -> Running:
     """Returns the loop by hand with the CPU settings; the scheduler is the faster one in a short trial."""
-    keep_freed_memory()
+    keep_freed_memory(one_arena=one_arena)
     if jax.default_backend() != "cpu":
         return hand_loop(workload, compiled_step(workload), workload.batches())
     steps = {"default": compiled_step(workload), "memory": compiled_step(workload, SCHEDULER)}
@@ -86,13 +89,14 @@ def by_hand_ema(task: Task, tmp: str) -> Running:
     return hand_loop(workload, compiled, workload.batches(), start=(state, averages))
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed blocks, in one arena; elsewhere nothing happens."""
+def keep_freed_memory(*, one_arena: bool) -> None:
+    """Tells glibc to keep freed blocks; elsewhere nothing happens."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    for option, value in ((-8, 1), (-3, 1 << 30), (-1, 2**31 - 1)):
+    arenas = [(-8, 1)] if one_arena else []
+    for option, value in (*arenas, (-3, 1 << 30), (-1, 2**31 - 1)):
         mallopt(option, value)
 
 

@@ -109,7 +109,9 @@ class Spmd(Strategy, abc.ABC):
 
     def lay_out(self, state: PyTree) -> PyTree:
         if self._is_default_device:
-            return jax.device_put(state)
+            # What lies on devices would stay where it is, but looking at each leaf takes longer than a small step.
+            on_device = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+            return state if on_device else jax.device_put(state)
         self._layout.check(state.params)
         return self._put(state, self._layout.shardings(state))
 
