@@ -6,6 +6,7 @@ tests start get the same. A session has one device, unless the caller forces mor
 """
 
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A rank promoted in silence is how a [batch] mask meets a [batch, 1] loss and yields [batch, batch].
@@ -14,6 +15,9 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Figures are drawn without a screen.
 os.environ["MPLBACKEND"] = "Agg"
+# What a shell starts in the background ignores Ctrl-C, and so would the processes that tests send one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest

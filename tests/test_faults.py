@@ -25,9 +25,21 @@ def endless():
 """
 
 
-def start(code, *args):
-    command = [sys.executable, "-c", PRELUDE + code, *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start():
+    """A function that starts a program; what still runs after the test is killed."""
+    started = []
+
+    def begin(code, *args):
+        command = [sys.executable, "-c", PRELUDE + code, *map(str, args)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        with process:
+            process.kill()
 
 
 def logged(folder, name):
@@ -44,7 +56,7 @@ def means(*ends):
     return [(end, np.arange(begin + 1, end + 1).mean()) for begin, end in zip((0, *ends), ends, strict=False)]
 
 
-def test_a_killed_fit_keeps_what_it_logged(tmp_path):
+def test_a_killed_fit_keeps_what_it_logged(start, tmp_path):
     code = """
 kill = Lambda(every=tk.At(steps=(23,)), on_step=lambda info: os.kill(os.getpid(), signal.SIGKILL))
 made = trainer(LogMetrics(every=tk.Every(steps=5)), kill, logdir=sys.argv[1])
@@ -76,7 +88,7 @@ before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_ends_the_fit_after_the_running_step(tmp_path, name):
+def test_a_signal_ends_the_fit_after_the_running_step(start, tmp_path, name):
     code = """
 hang = False
 result = made.fit(endless, steps=10**9, eval_data=numbers(7))
@@ -98,7 +110,7 @@ print(made.fit(endless, steps=3).stopped_by, flush=True)
     assert not any("eval/loss" in row.get("scalars", {}) for row in rows)
 
 
-def test_a_second_ctrl_c_is_raised_at_once(tmp_path):
+def test_a_second_ctrl_c_is_raised_at_once(start, tmp_path):
     code = """
 hang = True
 try:
