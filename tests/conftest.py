@@ -22,8 +22,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import jax
 import pytest
 
-import trainkit._trainer
-from trainkit._arguments import check_steps_per_call
+import trainkit._trainer.trainer
+from trainkit._trainer.arguments import check_steps_per_call
 
 STEPS_PER_CALL = int(os.environ.get("TRAINKIT_TEST_STEPS_PER_CALL", 1))
 """Of trainers that leave it open: found by measurement it would depend on what else the machine does. `make fused`
@@ -33,7 +33,7 @@ gives another number: the same tests pass whatever the calls."""
 @pytest.fixture(autouse=True, scope="session")
 def _calls():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainkit._trainer, "check_steps_per_call", _number_of_steps)
+        patch.setattr(trainkit._trainer.trainer, "check_steps_per_call", _number_of_steps)
         yield
 
 
@@ -44,7 +44,7 @@ def _number_of_steps(given):
 @pytest.fixture
 def auto(monkeypatch):
     """Lets trainers that leave it open find their steps per call by measurement."""
-    monkeypatch.setattr(trainkit._trainer, "check_steps_per_call", check_steps_per_call)
+    monkeypatch.setattr(trainkit._trainer.trainer, "check_steps_per_call", check_steps_per_call)
 
 
 @pytest.fixture

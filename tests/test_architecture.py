@@ -263,17 +263,17 @@ def test_a_sound_package_has_no_violations(tmp_path):
     package = write_package(
         tmp_path,
         {
-            "__init__.py": "from trainkit import data\nfrom trainkit._trainer import Trainer\n",
+            "__init__.py": "from trainkit import data\nfrom trainkit._trainer.trainer import Trainer\n",
             "_typing.py": "import numpy\n",
-            "_tree.py": "from trainkit._typing import PyTree\n",
-            "_state.py": "from trainkit._tree import leaves\n",
+            "_tree.py": "from trainkit._core.typing import PyTree\n",
+            "_state.py": "from trainkit._core.tree import leaves\n",
             "data/__init__.py": "from trainkit.data._arrays import Arrays\n",
-            "data/_source.py": "import trainkit._typing as typing\n",
-            "data/_arrays.py": "from trainkit._state import S\nfrom trainkit.data._source import Source\n",
+            "data/_source.py": "import trainkit._core.typing as typing\n",
+            "data/_arrays.py": "from trainkit._core.state import S\nfrom trainkit.data._source import Source\n",
             "_step_rules.py": "",
             "_step.py": "from trainkit._step_rules import rule\nfrom trainkit.data._arrays import Arrays\n",
-            "_trainer.py": "def run():\n    from trainkit._step import step\n",
-            "testing.py": "from trainkit._trainer import Trainer\n",
+            "_trainer.py": "def run():\n    from trainkit._step.steps import step\n",
+            "testing.py": "from trainkit._trainer.trainer import Trainer\n",
         },
     )
     assert violations(package) == []
@@ -283,21 +283,21 @@ def test_a_sound_package_has_no_violations(tmp_path):
     ("files", "problem"),
     [
         pytest.param(
-            {"_tree.py": "from trainkit._state import TrainState", "_state.py": ""},
-            "trainkit/_tree.py:1 imports upwards: L0 from L1 state (_state)",
+            {"_tree.py": "from trainkit._core.state import TrainState", "_state.py": ""},
+            "trainkit/_core/tree.py:1 imports upwards: L0 from L1 state (_state)",
             id="upward edge",
         ),
         pytest.param(
             {"_step.py": "def f():\n    from trainkit.callbacks._ema import EMA", "callbacks/_ema.py": ""},
-            "trainkit/_step.py:2 imports upwards: L2 from L3 (callbacks._ema)",
+            "trainkit/_step/steps.py:2 imports upwards: L2 from L3 (callbacks._ema)",
             id="upward edge inside a function",
         ),
         pytest.param(
             {
-                "_when.py": "from typing import *\nif TYPE_CHECKING:\n    import trainkit._loop\n",
+                "_when.py": "from typing import *\nif TYPE_CHECKING:\n    import trainkit._loop.loop\n",
                 "_loop.py": "",
             },
-            "trainkit/_when.py:3 imports upwards: L0 from L4 (_loop)",
+            "trainkit/_core/cadence.py:3 imports upwards: L0 from L4 (_loop)",
             id="upward edge for types only",
         ),
         pytest.param(
@@ -312,9 +312,9 @@ def test_a_sound_package_has_no_violations(tmp_path):
         ),
         pytest.param(
             {
-                "_tree.py": "import trainkit._when",
-                "_when.py": "import trainkit._errors",
-                "_errors.py": "import trainkit._tree",
+                "_tree.py": "import trainkit._core.cadence",
+                "_when.py": "import trainkit._core.errors",
+                "_errors.py": "import trainkit._core.tree",
             },
             "import cycle: _errors -> _tree -> _when -> _errors",
             id="cycle",
@@ -326,22 +326,22 @@ def test_a_sound_package_has_no_violations(tmp_path):
         ),
         pytest.param(
             {"_step.py": "from trainkit.data import Arrays"},
-            "trainkit/_step.py:1 imports from the index trainkit.data: name the defining module",
+            "trainkit/_step/steps.py:1 imports from the index trainkit.data: name the defining module",
             id="import from a package index",
         ),
         pytest.param(
             {"_step.py": "import trainkit"},
-            "trainkit/_step.py:1 imports from the index trainkit: name the defining module",
+            "trainkit/_step/steps.py:1 imports from the index trainkit: name the defining module",
             id="import of the top index",
         ),
         pytest.param(
             {"_step.py": "from trainkit import _tree", "_tree.py": ""},
-            "trainkit/_step.py:1 imports from the index trainkit: name the defining module",
+            "trainkit/_step/steps.py:1 imports from the index trainkit: name the defining module",
             id="module taken from the top index",
         ),
         pytest.param(
             {"_step.py": "from trainkit.data._gone import Arrays"},
-            "trainkit/_step.py:1 imports trainkit.data._gone, which is not there",
+            "trainkit/_step/steps.py:1 imports trainkit.data._gone, which is not there",
             id="missing module",
         ),
         pytest.param(
@@ -354,7 +354,7 @@ def test_a_sound_package_has_no_violations(tmp_path):
         ),
         pytest.param(
             {"_tree.py": "x = 1\n" * (MAX_LINES + 1)},
-            f"trainkit/_tree.py has {MAX_LINES + 1} lines, more than {MAX_LINES}: split it by what it owns",
+            f"trainkit/_core/tree.py has {MAX_LINES + 1} lines, more than {MAX_LINES}: split it by what it owns",
             id="long file",
         ),
         pytest.param(

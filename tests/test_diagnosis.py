@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 import trainkit as tk
-from trainkit._diagnosis import diagnose
+from trainkit._debug.diagnosis import diagnose
 from trainkit.data._source import as_source
 
 

@@ -20,10 +20,10 @@ import pytest
 import safetensors.numpy
 
 import trainkit as tk
-import trainkit._atomic
+import trainkit._core.atomic
 from trainkit import export
-from trainkit._serialize import load as load_tree
-from trainkit._serialize import save as save_tree
+from trainkit.export._serialize import load as load_tree
+from trainkit.export._serialize import save as save_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = [1, 2, 7, 64]
@@ -426,7 +426,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(classifier, tmp_
     def fail(*arguments):
         raise OSError("no space left")
 
-    monkeypatch.setattr(trainkit._atomic.os, "fsync", fail)
+    monkeypatch.setattr(trainkit._core.atomic.os, "fsync", fail)
     with pytest.raises(OSError, match="no space left"):
         export.save(path, classifier, images(2), kwargs={"train": False})
     assert os.listdir(tmp_path) == ["x.tk"]

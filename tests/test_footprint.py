@@ -12,8 +12,8 @@ from flax import linen as nn
 
 import trainkit as tk
 from tests.digits import Net, NetTrainer, batches
-from trainkit._footprint import step_bytes
-from trainkit._jaxprs import peak_bytes
+from trainkit._engine.cpu_settings import step_bytes
+from trainkit._core.jaxprs import peak_bytes
 
 ROOT = __file__.rsplit("/", 2)[0]
 KIB = 1024

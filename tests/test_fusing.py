@@ -15,9 +15,9 @@ import trainkit as tk
 from tests.compare import assert_same
 from tests.digits import Net, NetTrainer, arrays, batches
 from trainkit import _allocator, _trainer, _tuning
-from trainkit._calls import Calls
-from trainkit._choice import SINGLE, Choice
-from trainkit._remembered import Remembered
+from trainkit._calls.calls import Calls
+from trainkit._calls.choice import SINGLE, Choice
+from trainkit._calls.choice import Remembered
 
 
 class Conv(nn.Module):

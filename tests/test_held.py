@@ -14,8 +14,8 @@ import trainkit as tk
 from tests.compare import assert_same
 from tests.digits import Net, NetTrainer, arrays
 from trainkit import _held
-from trainkit._calls import Calls
-from trainkit._failures import kept_batches
+from trainkit._calls.calls import Calls
+from trainkit._debug.failures import kept_batches
 
 
 def trainer_of(model=None, **options):

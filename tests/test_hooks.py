@@ -12,13 +12,13 @@ import optax
 import pytest
 
 import trainkit as tk
-import trainkit._step
-import trainkit._trainer
+import trainkit._step.steps
+import trainkit._trainer.trainer
 from tests.compare import assert_same
 from tests.digits import Net, NetTrainer, batches
 from tests.weight import numbers, traces, trainer, weight
-from trainkit._dispatch import Dispatcher
-from trainkit._loop import Loop
+from trainkit._loop.dispatch import Dispatcher
+from trainkit._loop.loop import Loop
 from trainkit.callbacks import Callback, Lambda
 from trainkit.callbacks._callback import Phase
 from trainkit.hooks import StepHook
@@ -259,7 +259,7 @@ class Time:
 
 def test_cadence_in_seconds(monkeypatch):
     clock = Time()
-    monkeypatch.setattr(trainkit._trainer, "Loop", functools.partial(Loop, clock=clock))
+    monkeypatch.setattr(trainkit._trainer.trainer, "Loop", functools.partial(Loop, clock=clock))
     seconds, told = Recorder(every=tk.Every(seconds=3)), []
     # The clock ticks after each step, so at step n it shows n - 1, but for the jump at step 8.
     ticks = Lambda(on_step=lambda info: setattr(clock, "now", clock.now + (10 if info.step == 8 else 1)))
@@ -796,8 +796,8 @@ def test_every_guard_must_admit():
 
 
 def test_without_a_guard_nothing_is_chosen(monkeypatch):
-    monkeypatch.setattr(trainkit._step, "settle", raising(AssertionError("an update was put to a vote")))
-    monkeypatch.setattr(trainkit._step, "select", raising(AssertionError("two states were held")))
+    monkeypatch.setattr(trainkit._step.steps, "settle", raising(AssertionError("an update was put to a vote")))
+    monkeypatch.setattr(trainkit._step.steps, "select", raising(AssertionError("two states were held")))
     NetTrainer(Net(), optax.adam(1e-2), callbacks=[tk.callbacks.EMA(0.9)]).fit(batches(1), epochs=1)
 
 

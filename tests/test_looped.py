@@ -11,8 +11,8 @@ from flax import linen as nn
 
 import trainkit as tk
 from tests.digits import CLASSES, Net, NetTrainer, arrays
-from trainkit._evaluate import evaluate
-from trainkit._jaxprs import convolves, is_light
+from trainkit._loop.evaluate import evaluate
+from trainkit._core.jaxprs import convolves, is_light
 
 
 def trained(trainer=None):

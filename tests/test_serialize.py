@@ -16,9 +16,9 @@ import optax
 import pytest
 import safetensors.numpy
 
-import trainkit._atomic
-from trainkit._serialize import load, restore, save
-from trainkit._state import TrainState
+import trainkit._core.atomic
+from trainkit.export._serialize import load, restore, save
+from trainkit._core.state import TrainState
 from trainkit.hooks._ema import ema_hook
 from trainkit.hooks._hook import StepValues, init_hooks, update_hooks
 
@@ -386,7 +386,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatc
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainkit._atomic.os, call, fail)
+        patch.setattr(trainkit._core.atomic.os, call, fail)
         with pytest.raises(OSError, match="no space left"):
             save(path, {"x": np.zeros(2)})
     assert os.listdir(path.parent) == [path.name]
@@ -396,7 +396,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatc
 CHILD = """
 import resource, sys
 import numpy as np
-from trainkit._serialize import save
+from trainkit.export._serialize import save
 path, mode = sys.argv[1:]
 if mode == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))

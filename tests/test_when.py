@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trainkit._when import At, Every, Never, as_cadence
+from trainkit._core.cadence import At, Every, Never, as_cadence
 
 
 def due(cadence, last):

@@ -7,19 +7,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from trainkit import callbacks, data, hooks, metrics, parallel, writers
-from trainkit._context import StepContext
-from trainkit._errors import NonFiniteError
-from trainkit._history import History
-from trainkit._result import FitResult
-from trainkit._state import TrainState
-from trainkit._trainer import Trainer
+from trainkit._core.cadence import At, Every, Never
+from trainkit._core.context import StepContext
+from trainkit._core.errors import NonFiniteError
+from trainkit._core.history import History
+from trainkit._core.state import TrainState
+from trainkit._loop.result import FitResult
+from trainkit._trainer.trainer import Trainer
 from trainkit._version import __version__
-from trainkit._when import At, Every, Never
 from trainkit.callbacks._callback import Rollback, Save, Stop, Update
 
 if TYPE_CHECKING:
     from trainkit import checkpoint, export, testing
-    from trainkit._serialize import load, save
+    from trainkit.export._serialize import load, save
 
 __all__ = [
     "At",
@@ -51,7 +51,7 @@ __all__ = [
 
 # What few programs need is imported at its first use.
 _MODULES = {"checkpoint": "trainkit.checkpoint", "export": "trainkit.export", "testing": "trainkit.testing"}
-_FUNCTIONS = {"load": "trainkit._serialize", "save": "trainkit._serialize"}
+_FUNCTIONS = {"load": "trainkit.export._serialize", "save": "trainkit.export._serialize"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """Makes the information that a loop gives to callbacks, and a writer that remembers."""
 
-from trainkit._history import History
+from trainkit._core.history import History
 from trainkit.callbacks._info import Info, Plan
 from trainkit.writers._null import NullWriter
 

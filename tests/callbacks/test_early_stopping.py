@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from tests.callbacks._infos import evaluations, make_info
-from trainkit._state import TrainState
+from trainkit._core.state import TrainState
 from trainkit.callbacks import EarlyStopping, Phase, Plan, ReduceOnPlateau, Stop, Update
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.callbacks._infos import make_info
-from trainkit._when import At, Every
+from trainkit._core.cadence import At, Every
 from trainkit.callbacks import Callback, Lambda, Stop
 
 HOOKS = [

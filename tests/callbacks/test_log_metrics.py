@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.callbacks._infos import Lazy, Recorder, make_info
-from trainkit._when import At, Every
+from trainkit._core.cadence import At, Every
 from trainkit.callbacks import LogMetrics, Phase
 
 

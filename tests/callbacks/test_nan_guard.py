@@ -17,7 +17,7 @@ from tests.callbacks._infos import Recorder, make_info
 from tests.compare import assert_same
 from tests.digits import Net, NetTrainer, batches
 from trainkit import _step_guard
-from trainkit._state import TrainState
+from trainkit._core.state import TrainState
 from trainkit.callbacks import EMA, NanGuard, Phase
 from trainkit.callbacks._callback import Rollback
 from trainkit.hooks import NanGuardState

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.callbacks._infos import PLAN, Lazy, make_info
-from trainkit._when import Every
+from trainkit._core.cadence import Every
 from trainkit.callbacks import Plan, Progress
 
 

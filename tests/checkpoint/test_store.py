@@ -11,7 +11,7 @@ from tests.checkpoint._runs import flip, largest_file
 from tests.compare import assert_same
 from trainkit.checkpoint._retention import Best
 from trainkit.checkpoint._store import Contents, Store
-from trainkit.checkpoint._tree import flat, nested
+from trainkit._core.tree import flat, nested
 
 LOSS = Best("eval/loss", "min")
 

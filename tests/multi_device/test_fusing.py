@@ -7,8 +7,8 @@ import pytest
 import trainkit as tk
 from tests.compare import assert_same
 from tests.digits import Net, NetTrainer, batches
-from trainkit._calls import Calls
-from trainkit._choice import Choice
+from trainkit._calls.calls import Calls
+from trainkit._calls.choice import Choice
 
 STRATEGIES = {
     "data=8": lambda: tk.parallel.Mesh(),

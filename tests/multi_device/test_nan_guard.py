@@ -8,7 +8,7 @@ import pytest
 import trainkit as tk
 from tests.compare import assert_same
 from tests.digits import Net, NetTrainer, batches
-from trainkit._diagnosis import diagnose
+from trainkit._debug.diagnosis import diagnose
 from trainkit.data._source import as_source
 
 STRATEGIES = {

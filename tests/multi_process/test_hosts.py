@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from trainkit._interrupts import Interrupts
+from trainkit._loop.interrupts import Interrupts
 from trainkit.parallel import Pmap
 
 

@@ -5,8 +5,8 @@ import enum
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from trainkit._state import TrainState
-from trainkit._when import Cadence, Every
+from trainkit._core.cadence import Cadence, Every
+from trainkit._core.state import TrainState
 from trainkit.callbacks._info import Info
 from trainkit.hooks._hook import StepHook
 

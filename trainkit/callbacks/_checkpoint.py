@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
-from trainkit._when import Cadence, Every, as_cadence
+from trainkit._core.cadence import Cadence, Every, as_cadence
 from trainkit.callbacks._callback import Action, Callback, Phase, Save
 from trainkit.callbacks._info import Info
 from trainkit.callbacks._monitor import check_count

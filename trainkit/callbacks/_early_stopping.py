@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from trainkit._tree import copy_arrays, named_leaves, path_name
+from trainkit._core.tree import copy_arrays, named_leaves, path_name
 from trainkit.callbacks._callback import Action, Callback, Phase, Stop, Update
 from trainkit.callbacks._info import Info
 from trainkit.callbacks._monitor import EPOCH, EVALUATION, Monitor, check_count

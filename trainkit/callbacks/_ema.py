@@ -1,6 +1,6 @@
 """`EMA`: an exponential moving average of the weights, traced into the step."""
 
-from trainkit._state import TrainState
+from trainkit._core.state import TrainState
 from trainkit.callbacks._callback import Callback
 from trainkit.hooks._ema import ema_hook, find_ema, view
 from trainkit.hooks._hook import StepHook

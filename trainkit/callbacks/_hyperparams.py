@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainkit._tree import describe, path_name
-from trainkit._typing import PyTree
+from trainkit._core.tree import describe, path_name
+from trainkit._core.typing import PyTree
 
 _INJECTED = (optax.InjectStatefulHyperparamsState, optax.InjectHyperparamsState)
 _CURE = "Make the optimizer with them, e.g. optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)"

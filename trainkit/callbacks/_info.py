@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trainkit._history import History
-from trainkit._state import TrainState
+from trainkit._core.history import History
+from trainkit._core.state import TrainState
 from trainkit.writers._writer import MetricWriter
 
 

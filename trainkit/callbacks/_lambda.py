@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from trainkit._when import Cadence, Every, as_cadence
+from trainkit._core.cadence import Cadence, Every, as_cadence
 from trainkit.callbacks._callback import Action, Callback
 from trainkit.callbacks._info import Info
 

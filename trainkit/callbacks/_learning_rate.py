@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from trainkit._tree import begin_fetch, copy_array
-from trainkit._when import Cadence, Every, as_cadence
+from trainkit._core.cadence import Cadence, Every, as_cadence
+from trainkit._core.tree import begin_fetch, copy_array
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._hyperparams import labels_of, missing, values_of
 from trainkit.callbacks._info import Info

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from trainkit._when import Cadence, Every, as_cadence
+from trainkit._core.cadence import Cadence, Every, as_cadence
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._info import Info
 from trainkit.writers._writer import MetricWriter

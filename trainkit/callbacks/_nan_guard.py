@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Literal
 import jax
 import numpy as np
 
-from trainkit._errors import NonFiniteError
-from trainkit._state import TrainState
-from trainkit._tree import begin_fetch, copy_array
-from trainkit._when import Cadence, Every, as_cadence
+from trainkit._core.cadence import Cadence, Every, as_cadence
+from trainkit._core.errors import NonFiniteError
+from trainkit._core.state import TrainState
+from trainkit._core.tree import begin_fetch, copy_array
 from trainkit.callbacks._callback import Action, Callback, Phase, Rollback, Update
 from trainkit.callbacks._info import Info
 from trainkit.hooks._hook import StepHook

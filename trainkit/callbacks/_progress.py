@@ -12,8 +12,8 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from trainkit._typing import Clock
-from trainkit._when import Cadence, Every, as_cadence
+from trainkit._core.cadence import Cadence, Every, as_cadence
+from trainkit._core.typing import Clock
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._info import Info
 from trainkit.callbacks._progress_view import Bar, Lines, Report

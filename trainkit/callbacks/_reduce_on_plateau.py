@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from trainkit._state import TrainState
+from trainkit._core.state import TrainState
 from trainkit.callbacks._callback import Action, Callback, Phase, Update
 from trainkit.callbacks._hyperparams import change, check_changeable, scale
 from trainkit.callbacks._info import Info

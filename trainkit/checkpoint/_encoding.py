@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainkit._tree import is_key
+from trainkit._core.tree import is_key
 
 _TAG = "__trainkit__"
 _SMALL = 1 << 14  # bytes

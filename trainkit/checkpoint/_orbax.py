@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from trainkit._typing import PyTree
+from trainkit._core.typing import PyTree
 from trainkit.checkpoint._manifest import write_manifest
 
 

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from trainkit._atomic import write_atomic
+from trainkit._core.atomic import write_atomic
+from trainkit._core.tree import flat, nested
 from trainkit.checkpoint._manifest import NAME as MANIFEST
 from trainkit.checkpoint._manifest import problems
 from trainkit.checkpoint._retention import Best, best_step, kept_steps
-from trainkit.checkpoint._tree import flat, nested
 
 if TYPE_CHECKING:
     from trainkit.checkpoint._orbax import AsyncWriter

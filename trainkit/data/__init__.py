@@ -1,7 +1,7 @@
 """Data sources, prefetching and the IDX reader."""
 
 from trainkit.data._arrays import Arrays
-from trainkit.data._global_batch import GlobalBatch
+from trainkit.data._batch import GlobalBatch
 from trainkit.data._idx import read_idx
 from trainkit.data._prefetch import prefetch
 from trainkit.data._source import Source, as_source

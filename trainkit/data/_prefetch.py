@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Any, final
 
-from trainkit._typing import Batch
+from trainkit._core.typing import Batch
 
 _logger = logging.getLogger("trainkit")
 

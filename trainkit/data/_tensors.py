@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from trainkit._typing import Batch
+from trainkit._core.typing import Batch
 
 _OWN = (np.ndarray, np.generic, jax.Array, numbers.Number)
 

@@ -11,10 +11,10 @@ import jax
 import jax.export
 import numpy as np
 
-from trainkit._atomic import write_atomic
-from trainkit._safetensors import decode, encode
-from trainkit._typing import PyTree
+from trainkit._core.atomic import write_atomic
+from trainkit._core.typing import PyTree
 from trainkit._version import __version__
+from trainkit.export._safetensors import decode, encode
 from trainkit.export._source import Source, Traced, Weights, trace
 from trainkit.export._spec import ArraySpec, check_inputs, names_of, rebuild
 

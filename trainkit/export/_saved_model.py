@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-from trainkit._atomic import sync_folder
-from trainkit._typing import PyTree
+from trainkit._core.atomic import sync_folder
+from trainkit._core.typing import PyTree
 from trainkit.export._source import Source, Traced, Weights, trace
 from trainkit.export._spec import BATCH, ArraySpec, rebuild
 

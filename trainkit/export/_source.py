@@ -10,9 +10,9 @@ import jax
 import jax.export
 import numpy as np
 
-from trainkit._serialize import Packed, pack
-from trainkit._tree import describe, is_key, named_leaves
-from trainkit._typing import Batch, PyTree, Variables
+from trainkit._core.tree import describe, is_key, named_leaves
+from trainkit._core.typing import Batch, PyTree, Variables
+from trainkit.export._serialize import Packed, pack
 from trainkit.export._spec import BATCH, ArraySpec, names_of, spec_of, structure_of
 
 Weights = Literal["ema", "live"]

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainkit._tree import named_leaves
-from trainkit._typing import Array, PyTree
+from trainkit._core.tree import named_leaves
+from trainkit._core.typing import Array, PyTree
 
 BATCH = "batch"
 """Name of the dimension that is free."""

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from trainkit._state import TrainState
-from trainkit._typing import PyTree
+from trainkit._core.state import TrainState
+from trainkit._core.typing import PyTree
 
 
 class StepValues(NamedTuple):

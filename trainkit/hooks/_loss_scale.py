@@ -4,8 +4,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from trainkit._state import TrainState
-from trainkit._typing import PyTree
+from trainkit._core.state import TrainState
+from trainkit._core.typing import PyTree
 from trainkit.hooks._hook import StepHook
 
 NAME = "loss_scale"

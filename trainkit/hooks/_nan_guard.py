@@ -4,9 +4,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from trainkit._state import TrainState
-from trainkit._tree import named_leaves
-from trainkit._typing import PyTree
+from trainkit._core.state import TrainState
+from trainkit._core.tree import named_leaves
+from trainkit._core.typing import PyTree
 from trainkit.hooks._hook import StepHook, StepValues
 from trainkit.hooks._loss_scale import NAME as LOSS_SCALE
 from trainkit.hooks._loss_scale import LossScale

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
-from trainkit._tree import differences, signature
-from trainkit._typing import Outputs
+from trainkit._core.tree import differences, signature
+from trainkit._core.typing import Outputs
 from trainkit.metrics._checks import metric_classes, metric_spec
 from trainkit.metrics._collecting import Collecting
 from trainkit.metrics._direction import Direction, direction_of

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from clu import metrics
 
-from trainkit._tree import describe
-from trainkit._typing import Outputs
+from trainkit._core.tree import describe
+from trainkit._core.typing import Outputs
 from trainkit.metrics._direction import output_name
 
 

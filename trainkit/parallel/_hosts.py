@@ -8,8 +8,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from trainkit._tree import is_key
-from trainkit._typing import Batch, Device, PyTree
+from trainkit._core.tree import is_key
+from trainkit._core.typing import Batch, Device, PyTree
 
 
 def count_processes(devices: Sequence[Device]) -> int:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from trainkit._tree import path_name
-from trainkit._typing import Device, PyTree
+from trainkit._core.tree import path_name
+from trainkit._core.typing import Device, PyTree
 
 AXES = ("data", "fsdp", "tensor")
 """Names of the axes of a mesh, in its order."""

@@ -6,7 +6,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
-from trainkit._typing import Batch, Device
+from trainkit._core.typing import Batch, Device
 from trainkit.parallel._layout import Rules
 from trainkit.parallel._spmd import Spmd
 from trainkit.parallel._strategy import Forward

@@ -6,8 +6,8 @@ from typing import Any, final
 import jax
 import numpy as np
 
-from trainkit._tree import path_name
-from trainkit._typing import Batch, Device, PyTree
+from trainkit._core.tree import path_name
+from trainkit._core.typing import Batch, Device, PyTree
 from trainkit.parallel._spmd import Spmd
 from trainkit.parallel._strategy import Forward
 

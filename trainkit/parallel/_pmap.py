@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from trainkit._typing import Batch, Device, PyTree
+from trainkit._core.typing import Batch, Device, PyTree
 from trainkit.parallel._hosts import count_processes, own_rows, put, put_own
 from trainkit.parallel._strategy import Forward, Role, Strategy
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from trainkit._state import TrainState
-from trainkit._typing import Batch, Device, PyTree
+from trainkit._core.state import TrainState
+from trainkit._core.typing import Batch, Device, PyTree
 from trainkit.parallel._hosts import count_processes, own_rows, put, put_own
 from trainkit.parallel._layout import BATCH_AXES, Layout, Rules, check_axes, make_mesh
 from trainkit.parallel._strategy import Role, Strategy

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from trainkit._typing import Batch, PyTree
+from trainkit._core.typing import Batch, PyTree
 from trainkit.parallel._hosts import to_host
 
 Forward = Callable[..., tuple[Any, Any, Any]]

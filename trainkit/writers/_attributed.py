@@ -4,7 +4,7 @@ import collections
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from trainkit._typing import Array
+from trainkit._core.typing import Array
 from trainkit.writers._writer import MetricWriter, Scalar
 
 _STEPS_KEPT = 16

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
-from trainkit._typing import Array
+from trainkit._core.typing import Array
 from trainkit.writers._values import Unwritable, as_number, describe, flat_hparams
 from trainkit.writers._writer import MetricWriter, Scalar
 

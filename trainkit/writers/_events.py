@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
-from trainkit._typing import Clock
+from trainkit._core.typing import Clock
 from trainkit.writers._file import RecordFile, rewrite
 
 _SUFFIX = ".trainkit"

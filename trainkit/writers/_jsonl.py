@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from trainkit._typing import Array, Clock
+from trainkit._core.typing import Array, Clock
 from trainkit.writers._file import RecordFile, rewrite
 from trainkit.writers._logdir import claim, release
 from trainkit.writers._values import Complaints, Unwritable, as_number, describe, flat_hparams

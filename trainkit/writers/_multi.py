@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from trainkit._typing import Array
+from trainkit._core.typing import Array
 from trainkit.writers._values import on_host
 from trainkit.writers._writer import MetricWriter, Scalar
 

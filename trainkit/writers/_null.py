@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trainkit._typing import Array
+from trainkit._core.typing import Array
 from trainkit.writers._writer import MetricWriter, Scalar
 
 

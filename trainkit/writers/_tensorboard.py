@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from trainkit._typing import Array, Clock
+from trainkit._core.typing import Array, Clock
 from trainkit.writers._logdir import claim, release
 from trainkit.writers._values import Complaints, Unwritable
 from trainkit.writers._writer import MetricWriter, Scalar

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trainkit._typing import Array
+from trainkit._core.typing import Array
 
 Scalar = int | float | np.number | Array
 """One number on the host or on a device."""

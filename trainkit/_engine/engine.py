@@ -1,0 +1,345 @@
+"""The compiled steps of one trainer, made at first use and kept. Owns compilation; not the order of calls."""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import clu.metrics
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from trainkit._calls.calls import ONE_BY_ONE, Calls, CallSettings
+from trainkit._core.state import TrainState, key_of, with_raw_key
+from trainkit._core.tree import copy_arrays, describe, differences, is_key, key_generator, signature
+from trainkit._core.typing import Batch, PyTree
+from trainkit._engine.eval_loop import LoopedFeed, looped
+from trainkit._feed.feed import Feed, SharedFeed
+from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
+from trainkit._step.checks import explained_errors
+from trainkit._step.inspection import Traits, inspect_eval, inspect_train
+from trainkit._step.steps import Steps
+from trainkit.data._arrays import Arrays
+from trainkit.data._batch import batch_size_of, check_batch, unpad
+from trainkit.data._batch import GlobalBatch, spec_of
+from trainkit.data._source import Source
+from trainkit.hooks._ema import find_ema, view
+from trainkit.metrics._accumulator import Accumulator
+from trainkit.parallel._strategy import Role, Strategy
+
+
+def key_impl(state: TrainState) -> str:
+    """Returns the name of the generator behind the key of `state`."""
+    key = key_of(state)
+    return str(jax.random.key_impl(key)) if isinstance(key, jax.Array) else key_generator(key.dtype)
+
+
+def _with_loss_scale(collection: type[clu.metrics.Collection]) -> type[clu.metrics.Collection]:
+    """Returns `collection` with the loss scale and the share of skipped updates, for training in float16."""
+    extra = {
+        "loss_scale": clu.metrics.LastValue.from_output("loss_scale"),
+        "skipped_updates": clu.metrics.Average.from_output("skipped_updates"),
+    }
+    return flax.struct.dataclass(type(collection.__name__, (collection,), {"__annotations__": extra}))
+
+
+class Prepared(NamedTuple):
+    """A step ready to run on the batches of one source.
+
+    Attributes:
+        step: the compiled step.
+        accumulator: of the metrics it carries.
+        empty: what the carried metrics start from, on the devices.
+        feed: places the batches.
+        calls: dispatches training steps, one or several at a time.
+        batches: what the feed takes in place of the batches of the source.
+    """
+
+    step: Callable[..., Any]
+    accumulator: Accumulator
+    empty: PyTree
+    feed: Feed
+    calls: Calls
+    batches: Iterator[Any] | None = None
+
+
+class Engine:
+    """Compiles the pure steps under a strategy."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        strategy: Strategy,
+        collection: type[clu.metrics.Collection],
+        *,
+        scaled: bool,
+        settings: CallSettings = ONE_BY_ONE,
+    ) -> None:
+        self.steps, self.strategy = steps, strategy
+        self._collections = {"training": _with_loss_scale(collection) if scaled else collection}
+        self._collections["evaluation"] = collection
+        self._prepared: dict[tuple[str, ...], tuple[Callable[..., Any], Accumulator, PyTree, Calls]] = {}
+        self._settings = settings
+        self._last_calls: Calls | None = None
+        self._traits: dict[tuple[Any, ...], Traits] = {}
+        self._expected: dict[str, threading.Event] = {}
+        self._held_spec: dict[str, str] | None = None
+
+    def expect(self, **kinds: threading.Event) -> None:
+        """Notes that steps of some kinds are being compiled, and when that is done."""
+        self._expected = kinds
+
+    def wait_for(self, kind: str) -> None:
+        """Waits until the steps of a kind are compiled, where that is under way: it would be done twice."""
+        if kind in self._expected:
+            self._expected.pop(kind).wait()
+
+    def batches(self, source: Source, epoch: int, start: int = 0) -> Iterator[Any]:
+        """Returns the batches of an epoch as a feed takes them: `GlobalBatch` where processes share the work."""
+        if self.strategy.processes == 1:
+            return iter(source.batches(epoch, start))
+        return iter(source.global_batches(epoch, start))
+
+    def supply(self, source: Source) -> Supply:
+        """Says how the batches of a training source get to the step."""
+        whole = Supply(NOTHING, functools.partial(self.batches, source))
+        arrays = can_hold(source, self.strategy)
+        if arrays is None:
+            return whole
+        spec = signature(arrays.tree)
+        # To hold data of another size is another program; the one for batches fits them all.
+        self._held_spec = self._held_spec or spec
+        return Supply(arrays.tree, arrays.row_numbers) if spec == self._held_spec else whole
+
+    def init(self, seed: int, batch: Batch | GlobalBatch) -> TrainState:
+        """Returns a fresh state on the devices, initialised by one compiled program."""
+        check_batch(spec_of(batch))
+        rows = batch_size_of(spec_of(batch))
+        with explained_errors():
+            if isinstance(batch, GlobalBatch):
+                # Each process reads its rows; the devices, not the hosts, put them together.
+                feed = SharedFeed(self.strategy, rows=rows, may_be_partial=False, exact=True, what="first")
+                batch = unpad(feed.place(batch).batch, rows)
+            return self._init(self.strategy.replicate(jax.random.key(seed)), self.strategy.replicate(batch))
+
+    def init_spec(self, batch: Batch | GlobalBatch) -> TrainState:
+        """Returns the shapes and dtypes of what `init` returns, without computing it."""
+        check_batch(spec_of(batch))
+        with explained_errors():
+            return jax.eval_shape(self._init, jax.random.key(0), spec_of(batch))
+
+    @functools.cached_property
+    def _init(self) -> Callable[..., TrainState]:
+        return self.strategy.compile(self.steps.init, inputs=(Role.WHOLE, Role.WHOLE), outputs=Role.STATE)
+
+    def complete(self, state: TrainState, seed: int) -> TrainState:
+        """Returns `state` on the devices, with the key and the memory of step hooks that it may lack.
+
+        A state made elsewhere, or by a trainer with other callbacks, can be trained on.
+        """
+        if state.rng is None:
+            state = state.replace(rng=jax.random.split(jax.random.key(seed))[1])
+        return self.strategy.lay_out(self.steps.with_hooks(state))
+
+    def updated(self, state: TrainState, fn: Callable[[TrainState], TrainState], *, by: str) -> TrainState:
+        """Returns `fn(state)` such that the step, which takes its buffers, need not compile anew.
+
+        Args:
+            state: the train state.
+            fn: changes values only.
+            by: name of who asked for it.
+
+        Raises:
+            ValueError: `fn` changed structure, shapes or dtypes.
+        """
+        new = fn(state)
+        changed = differences(signature(state), signature(new))
+        if changed:
+            raise ValueError(
+                f"{by} returned an Update that changes the structure of the state: {'; '.join(changed)}. Keep "
+                "structure, shapes and dtypes, so that the step need not compile again."
+            )
+        return self.strategy.lay_out(copy_arrays(jax.tree.map(_strong, new, state)))
+
+    def prepare_train(
+        self, state: TrainState, source: Source, first: Batch | GlobalBatch, least_rows: int = 0
+    ) -> Prepared:
+        """Returns the training step for `source`; refuses what is wrong with it.
+
+        Args:
+            state: to train.
+            source: of the batches.
+            first: the first of them.
+            least_rows: to how many rows batches are padded at least, where padding is exact.
+        """
+        first = spec_of(first)
+        check_batch(first)
+        rows = batch_size_of(first)
+        traits = self._inspect("training", inspect_train, state, first)
+        exact, why = traits.per_example and not state.batch_stats, "the model keeps batch statistics"
+        if not traits.per_example:
+            why = "the loss is a scalar"
+        feed = self._feed(
+            rows=max(rows, least_rows) if exact else rows,
+            may_be_partial=source.may_be_partial,
+            exact=exact,
+            what="training",
+            why=why,
+        )
+        compiled = functools.partial(
+            self.strategy.compile,
+            inputs=(Role.STATE, Role.WHOLE, Role.WHOLE, Role.ROWS, Role.ROWS),
+            outputs=(Role.STATE, Role.WHOLE),
+            donate=(0,),
+        )
+        prepared = self._prepare("training", self._train, compiled, state, traits, feed)
+        self._last_calls = prepared.calls
+        return prepared
+
+    def prepare_eval(self, state: TrainState, source: Source, first: Batch | GlobalBatch) -> Prepared:
+        """Returns the evaluation step for `source`, as `prepare_train`."""
+        first = spec_of(first)
+        check_batch(first)
+        rows = batch_size_of(first)
+        traits = self._inspect("evaluation", inspect_eval, state, first)
+        exact = traits.per_example
+        feed = self._feed(
+            rows=rows,
+            may_be_partial=source.may_be_partial,
+            exact=exact,
+            what="evaluation",
+            why="the loss is a scalar",
+        )
+        prepared = self._prepare("evaluation", self.steps.evaluate, self._compiled_eval, state, traits, feed)
+        arrays = self._looped_over(source, prepared.accumulator, traits)
+        if arrays is not None:
+            feed = LoopedFeed(self.strategy, rows)
+            step, batches = self._in_loop(prepared.step, rows, exact), arrays.pieces(0, feed.examples)
+            prepared = prepared._replace(step=step, feed=feed, batches=batches)
+        self.wait_for("evaluation")
+        zero = self.strategy.replicate(jnp.zeros((), jnp.int32))
+        return prepared._replace(empty=(prepared.empty, zero))
+
+    def _compiled_eval(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        inputs, outputs = (Role.STATE, Role.WHOLE, Role.ROWS, Role.ROWS), (Role.WHOLE, Role.ROWS)
+        return self.strategy.compile(step, inputs=inputs, outputs=outputs)
+
+    @functools.cache  # noqa: B019 - one engine lives as long as its trainer
+    def _in_loop(self, step: Callable[..., Any], rows: int, masked: bool) -> Callable[..., Any]:
+        return self._compiled_eval(looped(step, rows, masked=masked))
+
+    def _looped_over(self, source: Source, accumulator: Accumulator, traits: Traits) -> Arrays | None:
+        """Returns `source` where one call evaluates many of its batches, None where each is a call."""
+        exact = traits.per_example or not source.may_be_partial
+        # Elsewhere than on a CPU the host would decide after each round of the loop whether there is another.
+        if not (
+            traits.light and exact and jax.default_backend() == "cpu" and self.strategy.takes_host_batches
+        ):
+            return None
+        # A subclass may do anything to its batches.
+        return source if type(source) is Arrays and not accumulator.has_collecting else None
+
+    def evaluated(self, state: TrainState) -> TrainState:
+        """Returns the part of `state` that an evaluation takes: what it does not look at costs time at each call."""
+        return state if self.steps.has_own_eval else state.replace(opt_state=(), hooks={})
+
+    def prepare_predict(
+        self, state: TrainState, first: Batch | GlobalBatch
+    ) -> tuple[Callable[..., Any], Feed]:
+        """Returns the prediction step and the feed for batches like `first`."""
+        first = spec_of(first)
+        check_batch(first)
+        rows = batch_size_of(first)
+        feed = self._feed(rows=rows, may_be_partial=True, exact=True, what="prediction")
+        return self._predict(key_impl(state)), feed
+
+    def prediction(self, state: TrainState) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:
+        """Returns a pure function of `(state, batch)` that predicts on one device, and the state it takes."""
+        impl, axis = key_impl(state), self.strategy.replica_axis
+
+        def predict(state: TrainState, batch: Batch) -> PyTree:
+            return self.steps.prediction(impl, state, batch, None)
+
+        bare = with_raw_key(state.replace(opt_state=(), hooks={}))
+        return (predict if axis is None else _as_only_replica(predict, axis)), bare
+
+    def averaged(self, state: TrainState) -> TrainState:
+        """Returns `state` with the averaged weights in place where a callback keeps an average, else `state`."""
+        memory = find_ema(state)
+        if memory is None:
+            return state
+        params, stats = self._read_average(with_raw_key(state.replace(opt_state=(), hooks={})), memory)
+        return state.replace(params=params, batch_stats=stats)
+
+    def describe_calls(self) -> str:
+        """Returns in a few words how training steps are put into calls and what they are given."""
+        return "open until the first fit" if self._last_calls is None else self._last_calls.describe()
+
+    def _train(
+        self, accumulator: Accumulator, impl: str, raw: Any, packed: Any, held: Any, handed: Any, mask: Any
+    ) -> tuple[Any, Any]:
+        return self.steps.train(accumulator, impl, raw, packed, pick(held, handed), mask)
+
+    def _feed(self, **options: Any) -> Feed:
+        return (Feed if self.strategy.processes == 1 else SharedFeed)(self.strategy, **options)
+
+    @functools.cache  # noqa: B019 - one engine lives as long as its trainer
+    def _predict(self, impl: str) -> Callable[..., Any]:
+        return self.strategy.compile(
+            functools.partial(self.steps.predict, impl),
+            inputs=(Role.STATE, Role.ROWS, Role.ROWS),
+            outputs=Role.ROWS,
+        )
+
+    @functools.cached_property
+    def _read_average(self) -> Callable[..., Any]:
+        def read(state: TrainState, memory: Any) -> tuple[PyTree, PyTree]:
+            averaged = view(state, memory)
+            return averaged.params, averaged.batch_stats
+
+        return self.strategy.compile(read, inputs=(Role.STATE, Role.STATE), outputs=(Role.STATE, Role.STATE))
+
+    def _inspect(self, kind: str, inspect: Callable[..., Traits], state: TrainState, batch: Batch) -> Traits:
+        # A look at the step traces it; every evaluation of a fit asks for one.
+        leaves, structure = jax.tree.flatten((state, batch))
+        key = (kind, structure, *map(describe, leaves))
+        if key not in self._traits:
+            self._traits[key] = inspect(self.steps, self.strategy, state, batch)
+        return self._traits[key]
+
+    def _prepare(
+        self,
+        kind: str,
+        step: Callable[..., Any],
+        compiled: Callable[..., Any],
+        state: TrainState,
+        traits: Traits,
+        feed: Feed,
+    ) -> Prepared:
+        impl = key_impl(state)
+        key = (kind, impl, repr(signature(traits.outputs)))
+        if key not in self._prepared:
+            accumulator = Accumulator(self._collections[kind])
+            accumulator.specify(**traits.outputs)
+            pure = functools.partial(step, accumulator, impl)
+            run = compiled(pure)
+            calls = Calls(pure, run, self.strategy, self._settings)
+            self._prepared[key] = run, accumulator, self.strategy.replicate(accumulator.empty()), calls
+        run, accumulator, empty, calls = self._prepared[key]
+        return Prepared(run, accumulator, empty, feed, calls)
+
+
+def _strong(new: Any, old: Any) -> Any:
+    """Returns `new` as an array that is strongly typed."""
+    return new if is_key(old) else jnp.asarray(new, old.dtype)
+
+
+def _as_only_replica(fn: Callable[..., PyTree], axis: str) -> Callable[..., PyTree]:
+    """Returns `fn` with the axis of the replicas bound, of size 1."""
+
+    def alone(*args: Any) -> PyTree:
+        mapped = jax.vmap(lambda _, *inner: fn(*inner), in_axes=(0, *(None for _ in args)), axis_name=axis)
+        return jax.tree.map(lambda leaf: leaf[0], mapped(jnp.zeros(1), *args))
+
+    return alone

@@ -1,0 +1,128 @@
+"""The batches of one pass on their way into calls: looked at one ahead, taken one or many at a time.
+
+Owns the look ahead; placing is the feed's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from trainkit._feed.feed import Fed
+from trainkit.data._batch import check_batch
+from trainkit.data._batch import spec_of
+from trainkit.data._arrays import RowNumbers
+
+_END, _UNREAD = object(), object()
+
+
+class Block(Sequence[Fed]):
+    """Full batches of held data, which come as one array.
+
+    Attributes:
+        rows: `int32[batches, rows]`.
+
+    Args:
+        rows: as above.
+        mask: of each batch.
+    """
+
+    def __init__(self, rows: np.ndarray, mask: Any) -> None:
+        self.rows, self._mask = rows, mask
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Fed(self.rows[index], self._mask, self.rows.shape[1])
+
+    def stacked(self, size: int) -> tuple[np.ndarray, Any]:
+        """Returns the batches and their masks with `size` in front; what is beyond those there are is never read."""
+        rows = self.rows
+        if len(rows) < size:
+            rows = np.empty((size, rows.shape[1]), rows.dtype)
+            rows[: len(self.rows)] = self.rows
+        return rows, None if self._mask is None else np.broadcast_to(self._mask, (size, *self._mask.shape))
+
+
+class RowIntake:
+    """As `Intake`, for data that are held: full batches are taken many at a time, at the price of one."""
+
+    def __init__(self, numbers: RowNumbers, place: Callable[[Any], Fed]) -> None:
+        self._numbers, self._place = numbers, place
+
+    def more(self) -> bool:
+        """Says whether there is another batch."""
+        return len(self._numbers.head) > 0
+
+    def first(self) -> Fed:
+        """Returns the next batch, and leaves it where it is."""
+        return self._place(self._numbers.head)
+
+    def take(self, most: int, together: Callable[[Fed], bool]) -> Sequence[Fed]:
+        """Returns the next batches, as `Intake.take`."""
+        first, count = self.first(), min(most, self._numbers.full)
+        if count < 2 or not together(first):
+            next(self._numbers)
+            return [first]
+        return Block(self._numbers.take(count), first.mask)
+
+
+class Intake:
+    """The batches of one pass on their way into a step, one of them looked at ahead.
+
+    Args:
+        batches: of the source.
+        place: puts one on the devices.
+    """
+
+    def __init__(self, batches: Iterator[Any], place: Callable[[Any], Fed]) -> None:
+        self._batches, self._place = batches, place
+        self._ahead: Any = _UNREAD
+        self._fed: Fed | None = None
+        self._error: Exception | None = None
+
+    def more(self) -> bool:
+        """Says whether there is another batch; raises what the source raised, after all batches before it."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        if self._ahead is _UNREAD:
+            self._ahead = next(self._batches, _END)
+        return self._ahead is not _END
+
+    def first(self) -> Fed:
+        """Returns the next batch, and leaves it where it is."""
+        if self._fed is None:
+            self._fed = self._placed(self._ahead)
+        return self._fed
+
+    def take(self, most: int, together: Callable[[Fed], bool]) -> Sequence[Fed]:
+        """Returns the next batches, up to `most`; `more` has said that there is one.
+
+        Args:
+            most: at least 1.
+            together: says whether a batch can share a call with others; else it comes by itself.
+        """
+        feds = [self._next()]
+        if most == 1 or not together(feds[0]):
+            return feds
+        try:
+            while len(feds) < most and self.more() and together(self.first()):
+                feds.append(self._next())
+        except Exception as error:
+            # The steps before it are done first, as they would be one by one.
+            self._error = error
+        return feds
+
+    def _next(self) -> Fed:
+        fed = self.first()
+        self._ahead, self._fed = _UNREAD, None
+        return fed
+
+    def _placed(self, batch: Any) -> Fed:
+        try:
+            return self._place(batch)
+        except TypeError:
+            check_batch(spec_of(batch))  # names the leaf that no step can take, where that was the reason
+            raise

@@ -1,0 +1,128 @@
+"""Evaluation and prediction over one source: exact, without waiting between batches.
+
+Owns the two passes; not when they happen.
+"""
+
+import collections
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from trainkit._core.state import TrainState, with_raw_key
+from trainkit._core.tree import describe, named_leaves
+from trainkit._core.typing import PyTree
+from trainkit._engine.engine import Engine
+from trainkit.data._batch import unpad
+from trainkit.data._source import Source
+
+# Carried float32 sums and int32 counts are handed to the host this often, where they are merged in float64.
+_STEPS_PER_SEGMENT = 512
+# Batches whose outputs may wait on the devices before they are fetched.
+_FETCH_BEHIND = 4
+
+
+def evaluate(
+    engine: Engine, state: TrainState, source: Source, interrupted: Callable[[], bool] = lambda: False
+) -> dict[str, Any] | None:
+    """Returns the metrics of `state` over one pass of `source`, floats or NumPy arrays by name.
+
+    It is None where `interrupted` said so between two batches.
+
+    Raises:
+        ValueError: the source is empty.
+        RuntimeError: the examples counted on the devices are not those the source gave.
+    """
+    first, batches = _peek(engine, source)
+    prepared = engine.prepare_eval(state, source, first)
+    state = with_raw_key(engine.evaluated(state))
+    accumulator, feed, rows = prepared.accumulator, prepared.feed, _Rows(engine)
+    collects, in_flight = accumulator.has_collecting, feed.in_flight
+    carry, segments, carried, given = prepared.empty, [], 0, 0
+    for number, batch in enumerate(prepared.batches or batches, start=1):
+        if interrupted():
+            return None
+        fed = feed.place(batch)
+        carry, collected = prepared.step(state, carry, fed.batch, fed.mask)
+        given += fed.real
+        carried += fed.batches
+        if collects:
+            rows.add(collected, fed.real)
+        if carried >= _STEPS_PER_SEGMENT:
+            segments.append(carry)
+            carry, carried = prepared.empty, 0
+        if in_flight and number % in_flight == 0:
+            jax.block_until_ready(carry)
+    segments = [engine.strategy.fetch(segment) for segment in [*segments, carry]]
+    _check_count(sum(int(counted) for _, counted in segments), given, source)
+    merged = accumulator.merge([packed for packed, _ in segments])
+    return accumulator.compute(merged, rows.all())
+
+
+def predict(engine: Engine, state: TrainState, source: Source) -> PyTree:
+    """Returns what `predict_step` gives for every example of `source`, in its order, as NumPy arrays.
+
+    Raises:
+        ValueError: the source is empty, or an output has not one row per example.
+    """
+    first, batches = _peek(engine, source)
+    step, feed = engine.prepare_predict(state, first)
+    state = with_raw_key(state)
+    rows = _Rows(engine)
+    for batch in batches:
+        fed = feed.place(batch)
+        outputs = step(state, fed.batch, fed.mask)
+        _check_rows(outputs, fed.real if fed.mask is None else fed.mask.shape[0])
+        rows.add(outputs, fed.real)
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows.all())
+
+
+class _Rows:
+    """Outputs fetched a few batches behind the devices, cut to the real rows."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._fetch = engine.strategy.fetch
+        self._waiting: collections.deque[tuple[PyTree, int]] = collections.deque()
+        self._done: list[PyTree] = []
+
+    def add(self, outputs: PyTree, real: int) -> None:
+        self._waiting.append((outputs, real))
+        if len(self._waiting) > _FETCH_BEHIND:
+            self._fetch_one()
+
+    def all(self) -> list[PyTree]:
+        while self._waiting:
+            self._fetch_one()
+        return self._done
+
+    def _fetch_one(self) -> None:
+        outputs, real = self._waiting.popleft()
+        self._done.append(unpad(self._fetch(outputs), real))
+
+
+def _peek(engine: Engine, source: Source) -> tuple[Any, Iterator[Any]]:
+    batches = engine.batches(source, 0)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("the source is empty: it gave no batch. Give at least one, or leave eval_data out.")
+    return first, itertools.chain([first], batches)
+
+
+def _check_count(counted: int, given: int, source: Source) -> None:
+    expected = given if source.num_examples is None else source.num_examples
+    if not counted == given == expected:
+        raise RuntimeError(
+            f"evaluation counted {counted} examples, was given {given} and the source has {expected}. The metrics "
+            "would be wrong; if eval_step changes the mask or the source its size, make them agree."
+        )
+
+
+def _check_rows(outputs: PyTree, rows: int) -> None:
+    for name, leaf in named_leaves(outputs):
+        if not leaf.shape or leaf.shape[0] != rows:
+            raise ValueError(
+                f"predict_step returned {name} as {describe(leaf)} for a batch of {rows}; every output must have "
+                "one row per example."
+            )

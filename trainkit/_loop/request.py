@@ -1,0 +1,49 @@
+"""What a fit was asked to do, and how far that makes it run. Runs nothing."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+from trainkit._core.cadence import Cadence
+from trainkit._core.position import Position
+from trainkit.callbacks._callback import Callback
+from trainkit.callbacks._info import Plan
+from trainkit.data._source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What one fit was asked to do; exactly one of `epochs` and `steps` is given, `fit` is its number in the run."""
+
+    fit: int
+    source: Source
+    epochs: int | None
+    steps: int | None
+    evaluations: Mapping[str, Source]
+    eval_every: Cadence | None
+    accumulate: int
+    callbacks: tuple[Callback, ...]
+    logdir: pathlib.Path | None
+
+
+def plan_of(request: Request, step: int, position: Position, first_step: int, first_epoch: int) -> Plan:
+    """Returns how far a fit is going to run.
+
+    Args:
+        request: what it was asked.
+        step: updates completed.
+        position: where it stands in its data.
+        first_step: updates completed when it began, before it was resumed.
+        first_epoch: passes completed then.
+    """
+    per_epoch = request.source.steps_per_epoch
+    last_epoch = None if request.epochs is None else first_epoch + request.epochs
+    steps = None if request.steps is None else first_step + request.steps
+    if per_epoch is not None:
+        # The pass begun first, then whole ones; a tail shorter than `accumulate` is one update.
+        left = -(-(per_epoch - position.batch) // request.accumulate)
+        per_epoch = -(-per_epoch // request.accumulate)
+        if last_epoch is not None:
+            to_go = last_epoch - position.epoch + (1 if position.batch else 0)
+            steps = step + (left + (to_go - 1) * per_epoch if to_go > 0 else 0)
+    return Plan(first_step, steps, last_epoch, per_epoch, tuple(request.evaluations))

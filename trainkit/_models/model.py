@@ -1,0 +1,35 @@
+"""What a step needs of a module system: functions run in the scope of a module, and the collections they changed.
+
+Owns no state; another module system joins by one more subclass.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from trainkit._core.typing import Variables
+
+ScopedFunction = Callable[..., Any]
+"""A function whose first argument is the bound module."""
+
+
+class Model(abc.ABC):
+    """What a step needs of a module system."""
+
+    apply_fn: Callable[..., Any]
+
+    @abc.abstractmethod
+    def init(self, fn: ScopedFunction, rng: jax.Array, *args: Any) -> dict[str, Any]:
+        """Returns the variables that running `fn(bound module, *args)` creates, without values sown on the way."""
+
+    @abc.abstractmethod
+    def apply(
+        self, fn: ScopedFunction, variables: Variables, rng: jax.Array, *args: Any, train: bool
+    ) -> tuple[Any, dict[str, Any]]:
+        """Runs `fn(bound module, *args)` on `variables`.
+
+        Returns:
+            Its result, and the collections it changed: all but `params` when training, sown values else.
+        """

@@ -1,0 +1,130 @@
+"""The user's loss and predictions as functions over the rows of one program: bound, mapped, checked.
+
+Owns how they are called; no update, and no metrics.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainkit._core.context import StepContext
+from trainkit._core.typing import Batch, Outputs, PyTree, Variables
+from trainkit._models.model import Model
+from trainkit._step.checks import check_loss_result, check_losses, explained_shapes
+from trainkit.parallel._strategy import Strategy
+
+
+@dataclasses.dataclass(frozen=True)
+class UserFunctions:
+    """The methods of a trainer that steps are made of; None where the user keeps the default."""
+
+    loss: Callable[..., Any]
+    predict_step: Callable[..., Any]
+    init_variables: Callable[..., Any] | None = None
+    train_step: Callable[..., Any] | None = None
+    eval_step: Callable[..., Any] | None = None
+
+
+class Forward:
+    """Runs the user's functions in the scope of the model, over all rows of a batch.
+
+    Args:
+        model: binds the module.
+        strategy: maps a function of one example, or of one replica's rows, over the batch.
+        user: the functions.
+        remat: recompute activations in the backward pass; True, or a policy of `jax.checkpoint_policies`.
+    """
+
+    def __init__(
+        self, model: Model, strategy: Strategy, user: UserFunctions, remat: bool | Callable[..., bool]
+    ) -> None:
+        self._model, self._strategy, self._user, self._remat = model, strategy, user, remat
+
+    def variables(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
+        """Returns the variables that one call of the loss creates."""
+        mask = self._strategy.example(all_real(batch))
+        ctx = StepContext(train=True, step=jnp.zeros((), jnp.int32), rng=rng, mask=mask)
+        return self._model.init(self._checked_loss, rng, self._strategy.example(batch), ctx)
+
+    def losses(
+        self,
+        variables: Variables,
+        batch: Batch,
+        mask: jax.Array | None,
+        step: jax.Array | int,
+        rng: jax.Array,
+        *,
+        train: bool,
+    ) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
+        """Returns the losses of a batch, `[batch]` or a scalar, the outputs, and the collections that changed."""
+        forward = self._strategy.map_forward(functools.partial(self._loss, train))
+        if train and self._remat:
+            policy = self._remat if callable(self._remat) else None
+            forward = jax.checkpoint(forward, policy=policy)
+        losses, outputs, updated = forward(variables, batch, or_all_real(mask, batch), step, rng)
+        check_losses(losses, batch_rows(batch), one_example=self._sees_one_example)
+        return losses, outputs, updated
+
+    def predictions(
+        self,
+        variables: Variables,
+        batch: Batch,
+        mask: jax.Array | None,
+        step: jax.Array | int,
+        rng: jax.Array,
+    ) -> PyTree:
+        """Returns what `predict_step` gives, leaves `[batch, ...]`."""
+
+        def forward(variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array) -> Any:
+            ctx = StepContext(train=False, step=step, rng=rng, mask=mask)
+            result, _ = self._model.apply(self._user.predict_step, variables, rng, batch, ctx, train=False)
+            return result, {}, {}
+
+        mapped = self._strategy.map_forward(forward)
+        return mapped(variables, batch, or_all_real(mask, batch), step, rng)[0]
+
+    @functools.cached_property
+    def _sees_one_example(self) -> bool:
+        return jax.eval_shape(self._strategy.example, jax.ShapeDtypeStruct((1,), bool)).ndim == 0
+
+    def _loss(
+        self, train: bool, variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array
+    ) -> Any:
+        ctx = StepContext(train=train, step=step, rng=rng, mask=mask)
+        (losses, outputs), updated = self._model.apply(
+            self._checked_loss, variables, rng, batch, ctx, train=train
+        )
+        # What was sown was for the loss to read back; the state carries the collections it began with.
+        carried = {name: updated[name] for name in variables if train and name in updated}
+        return losses, outputs, carried
+
+    def _checked_loss(self, module: Any, batch: Batch, ctx: StepContext) -> tuple[jax.Array, dict[str, Any]]:
+        with explained_shapes(batch, one_example=self._sees_one_example):
+            result = self._user.loss(module, batch, ctx)
+        return check_loss_result(result)
+
+
+def for_metrics(losses: jax.Array, outputs: Outputs, batch: Batch, mask: jax.Array | None) -> dict[str, Any]:
+    """Returns what the metrics of a batch are given: the outputs, with `loss` and `mask`, both `[batch]`."""
+    # A scalar loss counts once per example, so that means over batches of unequal size are exact.
+    rows = jnp.broadcast_to(losses, (batch_rows(batch),)) if losses.ndim == 0 else losses
+    return {**outputs, "loss": rows, "mask": or_all_real(mask, batch)}
+
+
+def batch_rows(batch: Batch) -> int:
+    """Returns the leading dimension of `batch`."""
+    return next(leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim)
+
+
+def all_real(batch: Batch) -> jax.Array:
+    """Returns the mask of a batch without padding."""
+    return jnp.ones((batch_rows(batch),), bool)
+
+
+def or_all_real(mask: jax.Array | None, batch: Batch) -> jax.Array:
+    """Returns `mask`, that of a batch without padding where it is None."""
+    return all_real(batch) if mask is None else mask

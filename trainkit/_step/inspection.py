@@ -1,0 +1,87 @@
+"""One abstract run of a step before anything is compiled: refuses what is wrong with it, says what it returns.
+
+Owns the look; not the step.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from trainkit._core.jaxprs import is_light
+from trainkit._core.state import TrainState
+from trainkit._core.typing import Batch, PyTree
+from trainkit._step.checks import check_carried, explained_errors
+from trainkit._step.steps import Steps
+from trainkit.parallel._strategy import Role, Strategy
+
+
+class Traits(NamedTuple):
+    """What one abstract run of a step showed, before anything was compiled.
+
+    Attributes:
+        per_example: whether the loss comes one per example, so that padding is exact.
+        outputs: shapes and dtypes of what goes to the metrics.
+        light: whether an evaluation step is over sooner than the host can call it, and as well in a loop.
+    """
+
+    per_example: bool
+    outputs: dict[str, Any]
+    light: bool = False
+
+
+def inspect_train(steps: Steps, strategy: Strategy, state: TrainState, batch: Batch) -> Traits:
+    """Runs the training step abstractly.
+
+    Args:
+        steps: of the trainer.
+        strategy: of the trainer.
+        state: arrays, or their shapes and dtypes.
+        batch: leaves `[batch, ...]`, arrays or their shapes and dtypes.
+    """
+    found: dict[str, Any] = {}
+
+    def run(state: TrainState, batch: Batch) -> TrainState:
+        done = steps.attempt_one(state, batch)
+        found["traits"] = Traits(done.per_example, shapes(done.outputs[0]))
+        return done.state
+
+    new_state = _abstractly(run, strategy, state, batch)[1]
+    if steps.has_own_train:
+        check_carried(state, new_state, lambda: _abstractly(run, strategy, new_state, batch)[1])
+    return found["traits"]
+
+
+def inspect_eval(steps: Steps, strategy: Strategy, state: TrainState, batch: Batch) -> Traits:
+    """Runs the evaluation step abstractly, as `inspect_train`."""
+    found: dict[str, Any] = {}
+
+    def run(state: TrainState, batch: Batch) -> Any:
+        per_example, outputs = steps.eval_outputs(state, batch, None)
+        found["traits"] = Traits(per_example, shapes(outputs))
+        return state.step
+
+    jaxpr = _abstractly(run, strategy, state, batch)[0]
+    return found["traits"]._replace(light=is_light(jaxpr))
+
+
+def _abstractly(
+    run: Callable[[TrainState, Batch], Any], strategy: Strategy, state: TrainState, batch: Batch
+) -> Any:
+    shards = strategy.shards
+
+    def divisible(leaf: Any) -> jax.ShapeDtypeStruct:
+        shape = jnp.shape(leaf)
+        rows = (-(-shape[0] // shards) * shards, *shape[1:]) if shape else ()
+        return jax.ShapeDtypeStruct(rows, jax.dtypes.canonicalize_dtype(jnp.result_type(leaf)))
+
+    compiled = strategy.compile(run, inputs=(Role.STATE, Role.ROWS), outputs=Role.STATE)
+    with explained_errors():
+        trace = jax.make_jaxpr(compiled, return_shape=True)
+        return trace(state, jax.tree.map(divisible, batch))
+
+
+def shapes(tree: PyTree) -> PyTree:
+    """Returns the shape and dtype of each array of `tree`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)

@@ -1,0 +1,63 @@
+"""What the pieces of a training step hand to one another. Owns no computation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from trainkit._core.state import TrainState
+from trainkit._core.typing import Batch, PyTree
+from trainkit.hooks._hook import StepValues
+
+Apply = Callable[[TrainState], TrainState]
+"""An optimizer update with gradients already known, of the state it is given."""
+
+
+Parts = tuple[tuple[Batch, jax.Array | None], ...]
+"""The batches of one step with their masks: several where gradients are accumulated."""
+
+
+class Pass(NamedTuple):
+    """One pass forward and back over one batch of a step.
+
+    Attributes:
+        loss: `float32[]`, its share of the mean loss over the real examples of the step.
+        losses: `[batch]` or a scalar.
+        outputs: of the loss.
+        updated: the collections it changed.
+        grads: of `loss`.
+    """
+
+    loss: jax.Array
+    losses: jax.Array
+    outputs: dict[str, Any]
+    updated: dict[str, Any]
+    grads: PyTree
+
+
+@flax.struct.dataclass
+class Updated:
+    """One optimizer update.
+
+    Attributes:
+        state: after it.
+        loss: `float32[]`, mean over the real examples; None where an overridden `train_step` gave none.
+        grads: of `loss`; None where `train_step` is overridden.
+        model_state: the collections after it; None where `train_step` is overridden.
+        outputs: for the metrics, one mapping per batch of the step.
+        per_example: whether the losses come one per example.
+    """
+
+    state: TrainState
+    loss: jax.Array | None
+    grads: PyTree
+    model_state: dict[str, Any] | None
+    outputs: list[dict[str, Any]]
+    per_example: bool = flax.struct.field(pytree_node=False)
+
+    def told(self, before: TrainState) -> StepValues:
+        """Returns what hooks are told of this update of `before`."""
+        loss = jnp.asarray(jnp.nan) if self.loss is None else self.loss
+        return StepValues(self.state, loss, self.grads, before, self.loss is not None)

@@ -1,0 +1,318 @@
+"""The pure steps: initialise, train, evaluate, predict. Runs the hooks; owns no loop and no device layout."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from trainkit._core.state import TrainState, key_of, with_raw_key, with_typed_key
+from trainkit._core.tree import select
+from trainkit._core.typing import Batch, Outputs, PyTree, Variables
+from trainkit._models.model import Model
+from trainkit._models.precision import Precision
+from trainkit._step.checks import check_outputs, check_step_result
+from trainkit._step.forward import Forward, UserFunctions, all_real, batch_rows, for_metrics, or_all_real
+from trainkit._step.guard import settle
+from trainkit._step.parts import Apply, Parts, Pass, Updated
+from trainkit._step.trace import TraceLog
+from trainkit.hooks._hook import StepHook, admitted, init_hooks, update_hooks
+from trainkit.hooks._loss_scale import NAME as LOSS_SCALE
+from trainkit.hooks._loss_scale import adjusted, all_finite, loss_scale_hook
+from trainkit.metrics._accumulator import Accumulator
+from trainkit.parallel._strategy import Strategy
+
+
+class Steps:
+    """The pure steps of one trainer, for its model, optimizer, hooks and strategy."""
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        tx: optax.GradientTransformation,
+        strategy: Strategy,
+        hooks: tuple[StepHook, ...],
+        user: UserFunctions,
+        precision: Precision,
+        accumulate: int,
+        remat: bool | Callable[..., bool],
+    ) -> None:
+        self._model, self._tx, self._strategy, self._user = model, tx, strategy, user
+        self._forward = Forward(model, strategy, user, remat)
+        self._hooks = (loss_scale_hook(), *hooks) if precision.scaled else hooks
+        self._precision, self._accumulate = precision, accumulate
+        self.traces = TraceLog()
+
+    # Initialisation -------------------------------------------------------------------------------------------
+
+    def init(self, rng: jax.Array, batch: Batch) -> TrainState:
+        """Returns the state at step 0 from `rng` and the shapes of `batch`; to be compiled as one program."""
+        return self._init(rng, batch)
+
+    @functools.cached_property
+    def _init(self) -> Any:
+        def init(rng: jax.Array, batch: Batch) -> TrainState:
+            init_rng, step_rng = jax.random.split(rng)
+            init_variables = self._user.init_variables or self.init_variables
+            return self.state_of(init_variables(init_rng, batch), step_rng)
+
+        return _traced_once(init)
+
+    def state_of(self, variables: Variables, rng: jax.Array) -> TrainState:
+        """Returns the state at step 0 with these variables."""
+        state = TrainState.from_variables(
+            apply_fn=self._model.apply_fn, variables=variables, tx=self._tx, rng=rng
+        )
+        return init_hooks(self._hooks, state)
+
+    def with_hooks(self, state: TrainState) -> TrainState:
+        """Returns `state` with the memory of the hooks it lacks initialised, and of others left out."""
+        fresh = init_hooks(tuple(hook for hook in self._hooks if hook.name not in state.hooks), state).hooks
+        kept = {hook.name: state.hooks[hook.name] for hook in self._hooks if hook.name in state.hooks}
+        return state.replace(hooks={**kept, **fresh})
+
+    def init_variables(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
+        """Returns the variables that one call of the loss creates."""
+        return self._forward.variables(rng, batch)
+
+    # Training -------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        accumulator: Accumulator,
+        impl: str,
+        state: TrainState,
+        packed: Any,
+        batch: Batch,
+        mask: jax.Array | None,
+    ) -> tuple[TrainState, Any]:
+        """One optimizer update, its hooks and its metrics.
+
+        Args:
+            accumulator: of the training metrics.
+            impl: of the key in `state`.
+            state: donated; its key is raw, see `with_raw_key`.
+            packed: what `accumulator` carries.
+            batch: leaves `[batch, ...]`; a tuple of batches where gradients are accumulated.
+            mask: `bool[batch]`, None when every row is real; as `batch` a tuple.
+
+        Returns:
+            The next state and the next `packed`.
+        """
+        self.traces.record("training", {"state": state, "batch": batch, "mask": mask})
+        state = with_typed_key(state, impl)
+        done = self._attempt(state, batch, mask)
+        values = done.told(state)
+        new_state, merged = update_hooks(self._hooks, values), packed
+        for outputs in done.outputs:
+            merged = self._merge_metrics(accumulator, merged, outputs)
+        keep = admitted(self._hooks, new_state.hooks, values)
+        if keep is not None:
+            again, one_device = self._again(done), self._strategy.takes_host_batches
+            new_state = settle(self._hooks, keep, values, new_state, again, one_device=one_device)
+            merged = select(keep, merged, packed)
+        return with_raw_key(new_state), merged
+
+    def attempt(self, state: TrainState, batch: Batch, mask: jax.Array | None) -> Updated:
+        """One optimizer update, of `batch` and `mask` as `train` takes them, before the hooks are told."""
+        parts = ((batch, mask),) if self._accumulate == 1 else tuple(zip(batch, mask or (), strict=True))
+        return self._step(state, parts)
+
+    def attempt_one(self, state: TrainState, batch: Batch) -> Updated:
+        """One optimizer update of one batch, all of whose rows are real, also where a step takes several."""
+        alone = self._accumulate == 1
+        return self._attempt(state, batch, None) if alone else self._step(state, ((batch, None),))
+
+    @functools.cached_property
+    def _attempt(self) -> Any:
+        return _traced_once(self.attempt)
+
+    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
+        """Returns the trace of one update on one device, before the hooks; starts no device.
+
+        Args:
+            state: shapes and dtypes.
+            batch: shapes and dtypes, leaves `[batch, ...]`.
+        """
+        parts = (batch, None) if self._accumulate == 1 else ((batch,), (None,))
+        return self._attempt.trace(state, *parts)
+
+    def default_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        """What `Trainer.train_step` does unless it is overridden: every row of `batch` is real."""
+        done = self._update(state, ((batch, None),))
+        return done.state, done.outputs[0]
+
+    def _step(self, state: TrainState, parts: Parts) -> Updated:
+        if self._user.train_step is None:
+            return self._update(state, parts)
+        ((batch, _),) = parts
+        new_state, outputs = check_step_result(self._user.train_step(state, batch))
+        loss = outputs.get("loss")
+        if loss is not None:  # hooks are told the same on every replica
+            loss = self._strategy.sum(jnp.mean(jnp.asarray(loss))) / self._strategy.sum(1)
+        # One call is one step of every log and cadence, however many optimizers moved in it.
+        new_state = new_state.replace(step=state.step + 1)
+        outputs = [{"mask": all_real(batch), **outputs}]
+        return Updated(new_state, loss, None, None, outputs, per_example=False)
+
+    def _update(self, state: TrainState, parts: Parts) -> Updated:
+        examples, model_state, passes = self._examples(parts), state.model_state, []
+        for index, (batch, mask) in enumerate(parts):
+            key = _step_key(state) if self._accumulate == 1 else jax.random.fold_in(_step_key(state), index)
+            passes.append(self._pass(state, model_state, batch, mask, key, examples))
+            model_state = {**model_state, **passes[-1].updated}
+        shares = [(one.loss, one.grads) for one in passes]
+        loss, grads = self._strategy.sum(functools.reduce(functools.partial(jax.tree.map, jnp.add), shares))
+        outputs = [
+            for_metrics(one.losses, one.outputs, batch, mask)
+            for one, (batch, mask) in zip(passes, parts, strict=True)
+        ]
+        merged = self._strategy.merge_collections(model_state)
+        if self._precision.scaled:
+            scale = state.hooks[LOSS_SCALE].scale
+            grads = jax.tree.map(lambda grad: grad / scale.astype(grad.dtype), grads)
+            seen = {"loss_scale": scale, "skipped_updates": (~all_finite(grads)).astype(jnp.float32)}
+            outputs = [{**one, **seen} for one in outputs]
+        per_example = passes[0].losses.ndim == 1
+        return Updated(self._apply(state, grads, merged), loss, grads, merged, outputs, per_example)
+
+    def _apply(self, state: TrainState, grads: PyTree, model_state: dict[str, Any]) -> TrainState:
+        new_state = state.apply_gradients(grads=grads, model_state=model_state)
+        if not self._precision.scaled:
+            return new_state
+        finite, memory = all_finite(grads), state.hooks[LOSS_SCALE]
+        new_state = select(finite, new_state, state.replace(step=new_state.step))
+        return new_state.replace(hooks={**state.hooks, LOSS_SCALE: adjusted(memory, finite)})
+
+    def _again(self, done: Updated) -> Apply | None:
+        """Returns the update that was done as a function of the state before it; None where only the user can."""
+        if done.model_state is None:
+            return None
+        return functools.partial(self._apply, grads=done.grads, model_state=done.model_state)
+
+    def _pass(
+        self,
+        state: TrainState,
+        model_state: dict[str, Any],
+        batch: Batch,
+        mask: jax.Array | None,
+        rng: jax.Array,
+        examples: jax.Array | None,
+    ) -> Pass:
+        scale = state.hooks[LOSS_SCALE].scale if self._precision.scaled else None
+
+        def objective(params: PyTree) -> tuple[jax.Array, tuple[Any, ...]]:
+            variables = {**model_state, "params": params}
+            losses, outputs, updated = self._forward.losses(
+                variables, batch, mask, state.step, rng, train=True
+            )
+            loss = _share(losses, mask, batch, examples)
+            return loss if scale is None else loss * scale, (loss, losses, outputs, updated)
+
+        grads, (loss, losses, outputs, updated) = jax.grad(objective, has_aux=True)(state.params)
+        return Pass(loss, losses, outputs, updated, grads)
+
+    def _examples(self, parts: Parts) -> jax.Array | None:
+        """Returns the real examples of the whole step, None where it is one batch of one program."""
+        if len(parts) == 1 and self._strategy.replica_axis is None:
+            return None
+        counts = [jnp.asarray(batch_rows(batch)) if mask is None else mask.sum() for batch, mask in parts]
+        return jnp.maximum(self._strategy.sum(jnp.stack(counts).sum()), 1)
+
+    def _merge_metrics(self, accumulator: Accumulator, packed: Any, outputs: Outputs) -> Any:
+        return accumulator.update(packed, axis_name=self._strategy.replica_axis, **outputs)
+
+    # Evaluation and prediction --------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        accumulator: Accumulator,
+        impl: str,
+        state: TrainState,
+        carry: Any,
+        batch: Batch,
+        mask: jax.Array | None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Metrics of one batch merged into `carry`, a pair of `packed` and `int32[]` examples counted.
+
+        Returns:
+            The next `carry`, and the rows that metrics computed on the host ask for.
+        """
+        self.traces.record("evaluation", {"state": state, "batch": batch, "mask": mask})
+        packed, counted = carry
+        _, outputs = self.eval_outputs(with_typed_key(state, impl), batch, mask)
+        packed = self._merge_metrics(accumulator, packed, outputs)
+        counted = counted + self._strategy.sum(or_all_real(mask, batch).sum(dtype=jnp.int32))
+        return (packed, counted), accumulator.collect(**outputs)
+
+    def default_eval(self, state: TrainState, batch: Batch, mask: jax.Array | None = None) -> dict[str, Any]:
+        """What `Trainer.eval_step` does unless it is overridden: the loss with `ctx.train` False."""
+        return self._eval_forward(state, batch, mask)[1]
+
+    def _eval_forward(
+        self, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        losses, outputs, _ = self._forward.losses(
+            state.variables, batch, mask, state.step, _step_key(state), train=False
+        )
+        return losses, for_metrics(losses, outputs, batch, mask)
+
+    def predict(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
+        """Outputs of `predict_step` for one batch, leaves `[batch, ...]`."""
+        self.traces.record("prediction", {"state": state, "batch": batch, "mask": mask})
+        return self.prediction(impl, state, batch, mask)
+
+    def prediction(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
+        """As `predict`, for a program of its own: it takes no part in the report of what compiles again."""
+        state = with_typed_key(state, impl)
+        return self._forward.predictions(state.variables, batch, mask, state.step, _step_key(state))
+
+    def eval_outputs(
+        self, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> tuple[bool, dict[str, Any]]:
+        """Returns whether the loss comes one per example, and one batch's outputs for the metrics."""
+        if self._user.eval_step is None:
+            losses, outputs = self._eval_forward(state, batch, mask)
+            return losses.ndim == 1, outputs
+        outputs = self._user.eval_step(state, batch)
+        check_outputs("eval_step", outputs)
+        return True, {**outputs, "mask": or_all_real(mask, batch)}
+
+    @property
+    def has_own_train(self) -> bool:
+        """Whether the user wrote `train_step`, which may return any state."""
+        return self._user.train_step is not None
+
+    @property
+    def has_own_eval(self) -> bool:
+        """Whether the user wrote `eval_step`, which may look at all of the state."""
+        return self._user.eval_step is not None
+
+
+def _traced_once(fn: Callable[..., Any]) -> Any:
+    """Returns `fn` such that arguments of the same shapes are traced once for all programs that hold it.
+
+    Tracing a model takes as long as compiling a small one, and it is looked at before it is compiled.
+    """
+    return jax.jit(fn, inline=True)
+
+
+def _step_key(state: TrainState) -> jax.Array:
+    # Costs nothing where the loss draws no numbers: the compiler drops it.
+    return jax.random.fold_in(key_of(state), state.step)
+
+
+def _share(losses: jax.Array, mask: jax.Array | None, batch: Batch, examples: jax.Array | None) -> jax.Array:
+    """Returns the share of these losses in the mean over `examples`; the mean itself where that is None."""
+    if examples is not None:
+        count = batch_rows(batch) if losses.ndim == 0 else 1
+        kept = losses if mask is None or losses.ndim == 0 else jnp.where(mask, losses, 0)
+        return kept.sum() * count / examples.astype(losses.dtype)
+    if losses.ndim == 0:
+        return losses
+    if mask is None:
+        return losses.mean()
+    return jnp.where(mask, losses, 0).sum() / jnp.maximum(mask.sum(), 1).astype(losses.dtype)
