@@ -50,13 +50,17 @@ __all__ = [
 ]
 
 # What few programs need is imported at its first use.
-_MODULES = {"checkpoint": "trainkit.checkpoint", "export": "trainkit.export", "testing": "trainkit.testing"}
-_FUNCTIONS = {"load": "trainkit.export._serialize", "save": "trainkit.export._serialize"}
+_LAZY_MODULES = {
+    "checkpoint": "trainkit.checkpoint",
+    "export": "trainkit.export",
+    "testing": "trainkit.testing",
+}
+_LAZY_FUNCTIONS = {"load": "trainkit.export._serialize", "save": "trainkit.export._serialize"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(_MODULES[name])
-    if name in _FUNCTIONS:
-        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(_LAZY_MODULES[name])
+    if name in _LAZY_FUNCTIONS:
+        return getattr(importlib.import_module(_LAZY_FUNCTIONS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

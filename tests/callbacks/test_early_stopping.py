@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.callbacks._infos import evaluations, make_info
+from tests.helpers.infos import evaluations, make_info
 from trainkit._core.state import TrainState
 from trainkit.callbacks import EarlyStopping, Phase, Plan, ReduceOnPlateau, Stop, Update
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.callbacks._infos import make_info
+from tests.helpers.infos import make_info
 from trainkit._core.cadence import At, Every
 from trainkit.callbacks import Callback, Lambda, Stop
 

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from tests.callbacks._infos import Recorder, make_info
-from trainkit._core.state import TrainState
+from tests.helpers.infos import Recorder, make_info
 from trainkit._core.cadence import Every
+from trainkit._core.state import TrainState
 from trainkit.callbacks import LearningRate
 
 PARAMS = {"body": np.ones((2,), np.float32), "head": np.ones((3,), np.float32)}

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.callbacks._infos import Lazy, Recorder, make_info
+from tests.helpers.infos import Lazy, Recorder, make_info
 from trainkit._core.cadence import At, Every
 from trainkit.callbacks import LogMetrics, Phase
 

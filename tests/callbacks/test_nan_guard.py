@@ -13,9 +13,9 @@ import pytest
 from flax import linen as nn
 
 import trainkit as tk
-from tests.callbacks._infos import Recorder, make_info
-from tests.compare import assert_same
-from tests.digits import Net, NetTrainer, batches
+from tests.helpers.compare import assert_same
+from tests.helpers.digits import Net, NetTrainer, batches
+from tests.helpers.infos import Recorder, make_info
 from trainkit import _step_guard
 from trainkit._core.state import TrainState
 from trainkit.callbacks import EMA, NanGuard, Phase

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.callbacks._infos import PLAN, Lazy, make_info
+from tests.helpers.infos import PLAN, Lazy, make_info
 from trainkit._core.cadence import Every
 from trainkit.callbacks import Plan, Progress
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.compiled import kept_in
+from tests.helpers.compiled import kept_in
 
 
 @pytest.fixture(scope="package", autouse=True)

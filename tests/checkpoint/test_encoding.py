@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.compare import assert_same
+from tests.helpers.compare import assert_same
 from trainkit.checkpoint._encoding import decode, encode
 
 VALUES = {

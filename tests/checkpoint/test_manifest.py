@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.checkpoint._runs import flip
+from tests.helpers.runs import flip
 from trainkit.checkpoint._manifest import NAME, problems, write_manifest
 
 

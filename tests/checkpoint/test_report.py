@@ -5,8 +5,8 @@ import datetime
 import pytest
 
 import trainkit as tk
-from tests.checkpoint._runs import TEN, Script, flip, largest_file, saving
-from tests.weight import trainer
+from tests.helpers.runs import TEN, Script, flip, largest_file, saving
+from tests.helpers.weight import trainer
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.checkpoint._runs import flip, largest_file
-from tests.compare import assert_same
+from tests.helpers.compare import assert_same
+from tests.helpers.runs import flip, largest_file
+from trainkit._core.tree import flat, nested
 from trainkit.checkpoint._retention import Best
 from trainkit.checkpoint._store import Contents, Store
-from trainkit._core.tree import flat, nested
 
 LOSS = Best("eval/loss", "min")
 

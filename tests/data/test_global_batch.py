@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import trainkit as tk
-from tests.compare import assert_same
+from tests.helpers.compare import assert_same
 from trainkit.data._batch import as_global, spec_of
 
 ROWS = {"x": np.arange(22.0, dtype=np.float32).reshape(11, 2), "label": np.arange(11, dtype=np.int32)}

@@ -21,7 +21,7 @@ import time
 import numpy as np
 
 import trainkit as tk
-from tests.test_resume import scalars_of
+from tests.helpers.runs import scalars_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Seconds a life may take on a busy machine.

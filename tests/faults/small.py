@@ -3,8 +3,8 @@
 import numpy as np
 
 import trainkit as tk
-from tests.test_resume import scalars_of
-from tests.weight import numbers, trainer, weight
+from tests.helpers.runs import scalars_of
+from tests.helpers.weight import numbers, trainer, weight
 
 STEPS = 12
 

@@ -13,7 +13,7 @@ import pytest
 import trainkit.checkpoint._orbax
 from tests.faults.kill import ROOT, campaign
 from tests.faults.small import STEPS, check_whole, fit, make, steps
-from tests.weight import Weight, WeightTrainer, numbers
+from tests.helpers.weight import Weight, WeightTrainer, numbers
 from trainkit.callbacks import Callback, Lambda
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.faults.kill import ROOT
 from tests.faults.reader import batches
 from tests.faults.small import STEPS, check_whole, fit, make, steps
-from tests.weight import numbers, trainer
+from tests.helpers.weight import numbers, trainer
 from trainkit.callbacks import Checkpoint, Lambda
 
 

@@ -7,7 +7,7 @@ import sys
 
 from tests.faults.kill import ROOT, environment
 from tests.faults.two import STOPPED
-from tests.test_resume import scalars_of
+from tests.helpers.runs import scalars_of
 
 
 def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 import trainkit as tk
+from tests.helpers.weight import numbers, trainer, weight
 from tests.multi_process.worker import HEARTBEAT, SHUTDOWN
-from tests.weight import numbers, trainer, weight
 from trainkit.callbacks import Checkpoint, Lambda, LogMetrics
 
 # Processes agree on signals every 32 steps.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.guides._guides import largest_difference
+from tests.helpers.guides import largest_difference
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.guides._guides import keys, load, recorded
+from tests.helpers.guides import keys, load, recorded
 
 guide = load("batch_norm_vmap")
 STEPS, TX = 100, optax.sgd(0.05, momentum=0.9)

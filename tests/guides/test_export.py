@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import trainkit as tk
-from tests.guides._guides import load, recorded
+from tests.helpers.guides import load, recorded
 
 guide = load("export")
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from tests.guides._guides import keys, load, recorded
+from tests.helpers.guides import keys, load, recorded
 
 guide = load("linear_regression")
 

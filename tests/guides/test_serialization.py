@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import trainkit as tk
-from tests.compare import assert_same
-from tests.guides._guides import keys, load, recorded
+from tests.helpers.compare import assert_same
+from tests.helpers.guides import keys, load, recorded
 
 guide = load("serialization")
 

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from tests.compare import assert_same
-from tests.guides._guides import keys, load, recorded
+from tests.helpers.compare import assert_same
+from tests.helpers.guides import keys, load, recorded
 
 guide = load("variables_by_hand")
 

@@ -5,8 +5,8 @@ import optax
 import pytest
 
 import trainkit as tk
-from tests.compare import assert_same
-from tests.digits import Net, NetTrainer, batches
+from tests.helpers.compare import assert_same
+from tests.helpers.digits import Net, NetTrainer, batches
 from trainkit._calls.calls import Calls
 from trainkit._calls.choice import Choice
 

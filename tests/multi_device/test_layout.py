@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import trainkit as tk
-from tests.compare import assert_same
-from tests.digits import CLASSES, FEATURES, Net, NetTrainer, arrays, batches
+from tests.helpers.compare import assert_same
+from tests.helpers.digits import CLASSES, FEATURES, Net, NetTrainer, arrays, batches
 from trainkit.parallel import Role
 
 WIDTH = 64

@@ -8,9 +8,9 @@ import optax
 import pytest
 
 import trainkit as tk
-from tests.compare import assert_same
-from tests.digits import Net, NetTrainer, arrays, batches
-from tests.test_training import hand_step, start
+from tests.helpers.by_hand import hand_step, start
+from tests.helpers.compare import assert_same
+from tests.helpers.digits import Net, NetTrainer, arrays, batches
 
 # Sums over devices are taken in another order: after 20 steps that is this much in float32 and no more.
 CLOSE = {"rtol": 2e-4, "atol": 2e-6}

@@ -6,8 +6,8 @@ import optax
 import pytest
 
 import trainkit as tk
-from tests.compare import assert_same
-from tests.digits import Net, NetTrainer, batches
+from tests.helpers.compare import assert_same
+from tests.helpers.digits import Net, NetTrainer, batches
 from trainkit._debug.diagnosis import diagnose
 from trainkit.data._source import as_source
 

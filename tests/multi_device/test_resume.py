@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import trainkit as tk
-from tests.compiled import kept_in
-from tests.digits import Net, NetTrainer, arrays
+from tests.helpers.compiled import kept_in
+from tests.helpers.digits import Net, NetTrainer, arrays
 from trainkit._core.tree import named_leaves
 from trainkit.checkpoint._store import Store
 from trainkit.parallel import Mesh, PerExample, Pmap

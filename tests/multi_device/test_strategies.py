@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import trainkit as tk
-from tests.compare import assert_same
-from tests.digits import CLASSES, Net, NetTrainer, arrays
+from tests.helpers.compare import assert_same
+from tests.helpers.digits import CLASSES, Net, NetTrainer, arrays
 
 # Sums over devices are taken in another order: after 20 steps that is this much in float32 and no more.
 CLOSE = {"rtol": 1e-4, "atol": 5e-6}

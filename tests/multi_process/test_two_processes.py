@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import trainkit as tk
-from tests.compare import assert_same
+from tests.helpers.compare import assert_same
 from tests.multi_process.worker import (
     BATCH,
     CASES,

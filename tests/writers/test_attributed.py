@@ -2,8 +2,7 @@
 
 import pytest
 
-from tests.writers._calls import CALLS
-from tests.writers.test_multi import Recorder
+from tests.helpers.writer_calls import CALLS, Recorder
 from trainkit.writers import Attributed, Ledger
 
 

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.writers._calls import CALLS, events
+from tests.helpers.writer_calls import CALLS, events
 from trainkit.writers import (
     Attributed,
     ConsoleWriter,

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.writers._calls import events
+from tests.helpers.writer_calls import events
 from trainkit.writers import read_jsonl
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.writers._calls import CALLS
+from tests.helpers.writer_calls import CALLS
 from trainkit.writers import JsonlWriter, read_jsonl
 
 

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from tests.writers._calls import events
+from tests.helpers.writer_calls import events
 from trainkit.writers import JsonlWriter, TensorBoardWriter, open_writer
 
 KINDS = {"TensorBoard": TensorBoardWriter, "JSONL": JsonlWriter}

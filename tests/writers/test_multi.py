@@ -7,28 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.writers._calls import CALLS
+from tests.helpers.writer_calls import CALLS, Recorder
 from trainkit.writers import MultiWriter, NullWriter
-
-
-class Recorder(NullWriter):
-    """Keeps the methods called and the scalars got; raises `error` in the method `fails`."""
-
-    def __init__(self, fails="", error=None):
-        self.calls = []
-        self.scalars = []
-        self.fails = fails
-        self.error = error
-
-    def __getattribute__(self, name):
-        if name.startswith("write_") or name in ("flush", "close"):
-            self.calls.append(name)
-            if name == self.fails:
-                raise self.error
-        return super().__getattribute__(name)
-
-    def write_scalars(self, step, scalars):
-        self.scalars.append((step, dict(scalars)))
 
 
 def recorders(*args):

@@ -19,7 +19,7 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 from tensorboard.plugins.mesh import metadata as mesh_metadata
 from tensorboard.util.tensor_util import make_ndarray
 
-from tests.writers._calls import CALLS, events
+from tests.helpers.writer_calls import CALLS, events
 from trainkit.writers import TensorBoardWriter
 
 

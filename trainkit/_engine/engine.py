@@ -21,8 +21,7 @@ from trainkit._step.checks import explained_errors
 from trainkit._step.inspection import Traits, inspect_eval, inspect_train
 from trainkit._step.steps import Steps
 from trainkit.data._arrays import Arrays
-from trainkit.data._batch import batch_size_of, check_batch, unpad
-from trainkit.data._batch import GlobalBatch, spec_of
+from trainkit.data._batch import GlobalBatch, batch_size_of, check_batch, spec_of, unpad
 from trainkit.data._source import Source
 from trainkit.hooks._ema import find_ema, view
 from trainkit.metrics._accumulator import Accumulator

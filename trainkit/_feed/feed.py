@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from trainkit._core.typing import Batch
-from trainkit.data._batch import batch_size_of, mask, pad
-from trainkit.data._batch import GlobalBatch
+from trainkit.data._batch import GlobalBatch, batch_size_of, mask, pad
 from trainkit.parallel._strategy import Strategy
 
 _LOG = logging.getLogger("trainkit")

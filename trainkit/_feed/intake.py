@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from trainkit._feed.feed import Fed
-from trainkit.data._batch import check_batch
-from trainkit.data._batch import spec_of
 from trainkit.data._arrays import RowNumbers
+from trainkit.data._batch import check_batch, spec_of
 
 _END, _UNREAD = object(), object()
 

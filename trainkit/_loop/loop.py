@@ -39,9 +39,8 @@ from trainkit.callbacks._callback import Callback, Rollback, Save, Stop, Update
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.callbacks._info import Info
 from trainkit.checkpoint._store import Contents
-from trainkit.data._batch import batch_size_of, check_batch
-from trainkit.data._batch import spec_of
 from trainkit.data._arrays import RowNumbers
+from trainkit.data._batch import batch_size_of, check_batch, spec_of
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.writers._writer import MetricWriter
 

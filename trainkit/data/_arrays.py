@@ -5,7 +5,7 @@ Owns the order of the examples and the seeking in it. Does not place batches on 
 
 import operator
 from collections.abc import Iterator
-from typing import Any, final
+from typing import Any, Self, final
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,51 @@ import numpy as np
 
 from trainkit._core.tree import named_leaves
 from trainkit._core.typing import Batch, PyTree
-from trainkit.data._batch import is_numeric, not_numeric
-from trainkit.data._batch import GlobalBatch
-from trainkit.data._arrays import RowNumbers
+from trainkit.data._batch import GlobalBatch, is_numeric, not_numeric
 from trainkit.data._source import Source
 from trainkit.data._tensors import to_host
-from typing import Self
+
+
+class RowNumbers(Iterator[np.ndarray]):
+    """An iterator over batches as the numbers of their examples, from which full batches can be taken together.
+
+    Args:
+        order: `int32[examples]`, the numbers in the order of the pass.
+        rows: in a batch; the last may have fewer.
+
+    Example:
+        >>> numbers = RowNumbers(np.arange(8, dtype=np.int32), rows=3)
+        >>> numbers.take(2).tolist(), [left.tolist() for left in numbers]
+        ([[0, 1, 2], [3, 4, 5]], [[6, 7]])
+    """
+
+    def __init__(self, order: np.ndarray, rows: int) -> None:
+        self._order, self._rows = order, rows
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        if not len(self._order):
+            raise StopIteration
+        head, self._order = self.head, self._order[self._rows :]
+        return head
+
+    @property
+    def head(self) -> np.ndarray:
+        """The next batch, `int32[rows]`; empty after the last."""
+        return self._order[: self._rows]
+
+    @property
+    def full(self) -> int:
+        """The number of full batches that are left."""
+        return len(self._order) // self._rows
+
+    def take(self, batches: int) -> np.ndarray:
+        """Returns the next `batches` full batches, `int32[batches, rows]`."""
+        stop = batches * self._rows
+        taken, self._order = self._order[:stop], self._order[stop:]
+        return taken.reshape(batches, self._rows)
 
 
 @final
@@ -213,45 +252,3 @@ def _too_short(size: int, rows: int, drop_last: bool | None) -> str:
         f"Arrays holds {size} examples, less than one batch of batch_size={rows}, and {reason} would leave "
         f"them out. Give a batch_size of at most {size}, or drop_last=False."
     )
-
-
-class RowNumbers(Iterator[np.ndarray]):
-    """An iterator over batches as the numbers of their examples, from which full batches can be taken together.
-
-    Args:
-        order: `int32[examples]`, the numbers in the order of the pass.
-        rows: in a batch; the last may have fewer.
-
-    Example:
-        >>> numbers = RowNumbers(np.arange(8, dtype=np.int32), rows=3)
-        >>> numbers.take(2).tolist(), [left.tolist() for left in numbers]
-        ([[0, 1, 2], [3, 4, 5]], [[6, 7]])
-    """
-
-    def __init__(self, order: np.ndarray, rows: int) -> None:
-        self._order, self._rows = order, rows
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> np.ndarray:
-        if not len(self._order):
-            raise StopIteration
-        head, self._order = self.head, self._order[self._rows :]
-        return head
-
-    @property
-    def head(self) -> np.ndarray:
-        """The next batch, `int32[rows]`; empty after the last."""
-        return self._order[: self._rows]
-
-    @property
-    def full(self) -> int:
-        """The number of full batches that are left."""
-        return len(self._order) // self._rows
-
-    def take(self, batches: int) -> np.ndarray:
-        """Returns the next `batches` full batches, `int32[batches, rows]`."""
-        stop = batches * self._rows
-        taken, self._order = self._order[:stop], self._order[stop:]
-        return taken.reshape(batches, self._rows)

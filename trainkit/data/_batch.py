@@ -3,7 +3,8 @@
 Owns the rules of what a batch is. Does not know where batches come from nor what a step does with them.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,6 @@ import numpy as np
 
 from trainkit._core.tree import named_leaves
 from trainkit._core.typing import Batch, PyTree
-from collections.abc import Callable
-from typing import Any, NamedTuple
-from trainkit._core.typing import Batch
 
 
 def batch_size_of(batch: Batch) -> int:

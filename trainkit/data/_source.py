@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, final, runtime_checkable
 
 from trainkit._core.typing import Batch, Clock
-from trainkit.data._batch import batch_size_of, check_batch
-from trainkit.data._batch import GlobalBatch, as_global
+from trainkit.data._batch import GlobalBatch, as_global, batch_size_of, check_batch
 from trainkit.data._tensors import is_array, to_host
 
 _logger = logging.getLogger("trainkit")

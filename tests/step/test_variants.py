@@ -1,0 +1,121 @@
+"""Accumulated gradients, precision and rematerialisation, against the plain step and hand-written ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import trainkit as tk
+from tests.helpers.compare import assert_same
+from tests.helpers.digits import Net, NetTrainer, arrays, batches
+
+
+def joined(parts):
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_accumulated_gradients_are_those_of_the_joined_batch(clip):
+    tx = optax.sgd(0.1)
+    tx = optax.chain(optax.clip_by_global_norm(0.05), tx) if clip else tx
+    parts = [*batches(4, rows=8), *batches(2, rows=8, seed=1)]
+    model = Net(norm=False, rate=0.0)
+    small = NetTrainer(model, tx, accumulate=2, callbacks=[tk.callbacks.EMA(0.9)]).fit(parts, epochs=2)
+    large = NetTrainer(model, tx, callbacks=[tk.callbacks.EMA(0.9)]).fit(
+        [joined(parts[index : index + 2]) for index in (0, 2, 4)], epochs=2
+    )
+    assert small.step == large.step == 6
+    assert_same(small.state.params, large.state.params, rtol=1e-5, atol=1e-6)
+    assert_same(small.state.hooks["ema"].params, large.state.hooks["ema"].params, rtol=1e-5, atol=1e-6)
+    assert small.history.last("train/loss") == pytest.approx(large.history.last("train/loss"), rel=1e-5)
+
+
+def test_a_short_tail_is_one_update_rightly_weighted():
+    data = arrays(28)
+    model, tx = Net(norm=False, rate=0.0), optax.sgd(0.1)
+    # Batches of 8, 8, 8 and 4 rows, by threes: one update of 24 rows and one of 4.
+    got = NetTrainer(model, tx, accumulate=3).fit(tk.data.Arrays(data, batch_size=8), epochs=2)
+    first, last = ({name: value[part] for name, value in data.items()} for part in (slice(24), slice(24, 28)))
+    expected = NetTrainer(model, tx).fit([first, last], epochs=2)
+    assert got.step == expected.step == 4
+    assert_same(got.state.params, expected.state.params, rtol=1e-5, atol=1e-6)
+    # A joint mask: 12 rows in batches of 8 and 4 are one mean over 12, not a mean of two means.
+    twelve = arrays(12, seed=3)
+    got = NetTrainer(model, tx, accumulate=2).fit(tk.data.Arrays(twelve, batch_size=8), epochs=3)
+    assert_same(
+        got.state.params, NetTrainer(model, tx).fit([twelve], epochs=3).state.params, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_batch_statistics_go_through_the_micro_batches_in_order():
+    parts, model, tx = batches(2, rows=8), Net(rate=0.0), optax.sgd(0.0)
+    got = NetTrainer(model, tx, accumulate=2).fit(parts, epochs=1)
+    assert got.step == 1
+    one_by_one = NetTrainer(model, tx).fit(parts, epochs=1)
+    assert_same(got.state.batch_stats, one_by_one.state.batch_stats, rtol=1e-6, atol=1e-7)
+
+
+def test_accumulation_and_a_step_of_ones_own_exclude_each_other():
+    class Own(NetTrainer):
+        def train_step(self, state, batch):
+            return super().train_step(state, batch)
+
+    with pytest.raises(ValueError, match="accumulate=2 needs"):
+        Own(Net(), optax.sgd(0.1), accumulate=2)
+    with pytest.raises(ValueError, match="accumulate=0"):
+        NetTrainer(Net(), optax.sgd(0.1), accumulate=0)
+
+
+class Watched(NetTrainer):
+    """Notes the dtypes that its loss sees."""
+
+    def loss(self, model, batch, ctx):
+        losses, outputs = super().loss(model, batch, ctx)
+        self.seen = {
+            "logits": outputs["logits"].dtype,
+            "kernel": model.variables["params"]["Dense_0"]["kernel"].dtype,
+            "stats": model.variables["batch_stats"]["BatchNorm_0"]["mean"].dtype,
+        }
+        return losses, outputs
+
+
+@pytest.mark.parametrize(("precision", "compute"), [("bfloat16", jnp.bfloat16), ("float16", jnp.float16)])
+def test_precision_policy(precision, compute):
+    data = [arrays()] * 2
+    trainer = Watched(Net(rate=0.0), optax.adam(1e-2), precision=precision)
+    result = trainer.fit(data, epochs=10)
+    assert trainer.seen == {"logits": jnp.float32, "kernel": compute, "stats": jnp.float32}
+    assert {leaf.dtype for leaf in jax.tree.leaves(result.state.params)} == {jnp.dtype("float32")}
+    plain = NetTrainer(Net(rate=0.0), optax.adam(1e-2)).fit(data, epochs=10)
+    # Sixteen bits of mantissa less: close, and not the same program.
+    assert result.history.last("train/loss") == pytest.approx(plain.history.last("train/loss"), rel=0.05)
+    assert result.history.last("train/loss") != plain.history.last("train/loss")
+
+
+def test_float16_skips_an_update_that_overflows_and_counts_it():
+    good, bad = arrays(16), {**arrays(16), "x": np.full((16, 8), 1e6, np.float32)}
+    log = tk.callbacks.LogMetrics(every=tk.Every(steps=1))
+    trainer = NetTrainer(Net(norm=False, rate=0.0), optax.sgd(0.1), precision="float16", callbacks=[log])
+    before = jax.device_get(trainer.fit([good], steps=1).state)
+    after = trainer.fit([bad], steps=1)
+    assert_same(jax.device_get(after.state.params), before.params)
+    assert_same(jax.device_get(after.state.opt_state), before.opt_state)
+    assert int(after.state.hooks["loss_scale"].skipped) == 1
+    assert float(after.state.hooks["loss_scale"].scale) == float(before.hooks["loss_scale"].scale) / 2
+    assert [value for _, value in after.history["train/skipped_updates"]] == [0, 1]
+    assert after.step == 2
+
+
+def test_unknown_precision():
+    with pytest.raises(ValueError, match=r"precision='fp8'.*'bfloat16'"):
+        NetTrainer(Net(), optax.sgd(0.1), precision="fp8")
+
+
+@pytest.mark.parametrize("remat", [True, jax.checkpoint_policies.dots_saveable])
+def test_remat_changes_memory_not_numbers(remat):
+    data = batches(3)
+    plain = NetTrainer(Net(), optax.adam(1e-2)).fit(data, epochs=2)
+    again = NetTrainer(Net(), optax.adam(1e-2), remat=remat).fit(data, epochs=2)
+    assert_same(again.state.params, plain.state.params, rtol=1e-5, atol=1e-6)
+    assert_same(again.state.batch_stats, plain.state.batch_stats, rtol=1e-5, atol=1e-6)
