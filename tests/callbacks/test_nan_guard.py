@@ -16,8 +16,8 @@ import trainkit as tk
 from tests.helpers.compare import assert_same
 from tests.helpers.digits import Net, NetTrainer, batches
 from tests.helpers.infos import Recorder, make_info
-from trainkit import _step_guard
 from trainkit._core.state import TrainState
+from trainkit._step import guard
 from trainkit.callbacks import EMA, NanGuard, Phase
 from trainkit.callbacks._callback import Rollback
 from trainkit.hooks import NanGuardState
@@ -74,7 +74,7 @@ def by_hand(model, tx, state, data, *, bad):
 def settled(request, monkeypatch):
     """Either way in which a state is settled: small ones are chosen, large ones moved."""
     if request.param == "moved in place":
-        monkeypatch.setattr(_step_guard, "_SMALL_STATE", 0)
+        monkeypatch.setattr(guard, "_SMALL_STATE", 0)
 
 
 @pytest.mark.usefixtures("settled")

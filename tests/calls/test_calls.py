@@ -14,9 +14,11 @@ from flax import linen as nn
 import trainkit as tk
 from tests.helpers.compare import assert_same
 from tests.helpers.digits import Net, NetTrainer, arrays, batches
-from trainkit import _allocator, _trainer, _tuning
+from trainkit._calls import tuner as tuning
 from trainkit._calls.calls import Calls
 from trainkit._calls.choice import SINGLE, Choice, Remembered
+from trainkit._engine import cpu_settings
+from trainkit._trainer import trainer as trainer_module
 
 
 class Conv(nn.Module):
@@ -271,7 +273,7 @@ def race(tuner, clock, speeds, *, first=1.0, steps=100_000):
 
 def new_tuner(**options):
     clock = Clock()
-    return _tuning.Tuner(FakePrograms(), cpu_settings=True, clock=clock, **options), clock
+    return tuning.Tuner(FakePrograms(), cpu_settings=True, clock=clock, **options), clock
 
 
 SCANNED = Choice("scanned", 50)
@@ -337,7 +339,7 @@ def test_what_the_host_does_between_steps_is_not_counted():
 
 def test_candidates():
     def found(seconds, convolves=False, size=1000, platform="cpu"):
-        found = _tuning.candidates(seconds, size, platform, convolves=convolves, cpu_settings=False)
+        found = tuning.candidates(seconds, size, platform, convolves=convolves, cpu_settings=False)
         return {*map(str, found)}
 
     assert found(1e-4) == {"scanned 50"}
@@ -361,9 +363,9 @@ class Inline:
 
 
 def test_auto_in_a_fit(auto, monkeypatch, tmp_path, sizes):
-    monkeypatch.setattr(_tuning.threading, "Thread", Inline)
+    monkeypatch.setattr(tuning.threading, "Thread", Inline)
     for name, value in {"_WINDOW": 0.0, "_ROUNDS": 1, "_MOST_STEPS": 6}.items():
-        monkeypatch.setattr(_tuning, name, value)
+        monkeypatch.setattr(tuning, name, value)
     data = batches(5)  # shorter than a call
 
     def run(limit, **options):
@@ -445,7 +447,7 @@ def test_what_a_thread_compiles_ahead_is_not_compiled_again(monkeypatch):
     try:
         runs = {}
         for ahead in (False, True):
-            monkeypatch.setattr(_trainer, "arena_is_shared", lambda ahead=ahead: not ahead)
+            monkeypatch.setattr(trainer_module, "arena_is_shared", lambda ahead=ahead: not ahead)
             jax.clear_caches()
             programs.clear()
             threads.clear()
@@ -483,11 +485,11 @@ class Libc:
 def glibc(monkeypatch):
     """A C library that records what is set, in a process where nothing was set before."""
     libc = Libc()
-    monkeypatch.setattr(_allocator.ctypes, "CDLL", lambda name: libc)
-    monkeypatch.setattr(_allocator.platform, "libc_ver", lambda: ("glibc", "2.36"))
-    monkeypatch.setattr(_allocator.sys, "platform", "linux")
+    monkeypatch.setattr(cpu_settings.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setattr(cpu_settings.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(cpu_settings.sys, "platform", "linux")
     for name in ("_kept", "_one_arena"):
-        monkeypatch.setattr(_allocator, name, False)
+        monkeypatch.setattr(cpu_settings, name, False)
     return libc
 
 
@@ -505,7 +507,7 @@ def test_the_allocator_is_set_once_and_off_by_argument_and_environment(monkeypat
     trainer.fit(data, epochs=1)
     assert sorted(glibc.settings) == [(-3, 1 << 30), (-1, 2**31 - 1)]
     assert "keeps freed memory\n" in f"{trainer.summary()}\n"
-    monkeypatch.setattr(_allocator, "_kept", False)
-    monkeypatch.setattr(_allocator.platform, "libc_ver", lambda: ("", ""))
-    assert not _allocator.keep_freed_memory()
+    monkeypatch.setattr(cpu_settings, "_kept", False)
+    monkeypatch.setattr(cpu_settings.platform, "libc_ver", lambda: ("", ""))
+    assert not cpu_settings.keep_freed_memory()
     assert len(glibc.settings) == 2

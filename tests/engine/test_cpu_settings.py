@@ -72,7 +72,7 @@ def test_looking_starts_no_device_and_traces_the_loss_once():
     code = """
 import numpy as np, optax
 from tests.helpers.digits import Net, NetTrainer, batches
-from trainkit import _allocator, _footprint
+from trainkit._engine import cpu_settings
 traced = []
 class Counting(NetTrainer):
     def loss(self, model, batch, ctx):
@@ -80,10 +80,10 @@ class Counting(NetTrainer):
         return super().loss(model, batch, ctx)
 (batch,) = batches(1)
 trainer = Counting(Net(), optax.sgd(0.1))
-assert _footprint.step_bytes(trainer._engine.steps, batch) > 0
-assert not _allocator.has_started()
+assert cpu_settings.step_bytes(trainer._engine.steps, batch) > 0
+assert not cpu_settings.has_started()
 trainer.fit([batch], steps=3)
-assert _allocator.has_started()
+assert cpu_settings.has_started()
 assert len(traced) == 2, traced  # to initialise, and the step
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -93,10 +93,10 @@ SETTINGS = """
 import sys
 import numpy as np, optax, trainkit as tk
 from flax import linen as nn
-from trainkit import _allocator
+from trainkit._engine import cpu_settings
 settings = []
-_allocator._set = lambda parameter, value: settings.append(parameter) or True
-_allocator.platform.libc_ver = lambda: ("glibc", "2.36")
+cpu_settings._set = lambda parameter, value: settings.append(parameter) or True
+cpu_settings.platform.libc_ver = lambda: ("glibc", "2.36")
 class Regression(tk.Trainer):
     def loss(self, model, batch, ctx):
         return ((model(batch) - batch) ** 2).mean(-1), {}

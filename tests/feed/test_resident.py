@@ -13,9 +13,9 @@ from flax import linen as nn
 import trainkit as tk
 from tests.helpers.compare import assert_same
 from tests.helpers.digits import Net, NetTrainer, arrays
-from trainkit import _held
 from trainkit._calls.calls import Calls
 from trainkit._debug.failures import kept_batches
+from trainkit._feed import resident
 
 
 def trainer_of(model=None, **options):
@@ -108,10 +108,10 @@ def test_what_is_held_is_small_or_asked_for(monkeypatch):
         trainer.fit(tk.data.Arrays(data, 16, **options), steps=2)
         return says_held(trainer)
 
-    monkeypatch.setitem(_held._MOST_BYTES, jax.default_backend(), size)
+    monkeypatch.setitem(resident._MOST_BYTES, jax.default_backend(), size)
     assert held()
     assert not held(on_device=False)
-    monkeypatch.setitem(_held._MOST_BYTES, jax.default_backend(), size - 1)
+    monkeypatch.setitem(resident._MOST_BYTES, jax.default_backend(), size - 1)
     assert not held()
     assert held(on_device=True)
 

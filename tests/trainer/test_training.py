@@ -13,7 +13,7 @@ import trainkit as tk
 from tests.helpers.by_hand import hand_step, start
 from tests.helpers.compare import assert_same
 from tests.helpers.digits import CLASSES, Net, NetTrainer, arrays, batches
-from trainkit import _history
+from trainkit._core import history as history_module
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -343,8 +343,8 @@ def test_summary_counts_and_bytes():
 
 
 def test_a_history_takes_16_bytes_a_value_and_lets_the_oldest_go(monkeypatch):
-    monkeypatch.setattr(_history, "_MOST_VALUES", 100)
-    history = _history.History()
+    monkeypatch.setattr(history_module, "_MOST_VALUES", 100)
+    history = history_module.History()
     for step in range(1, 1001):
         history.append(step, {"train/loss": 1 / step})
         assert len(history["train/loss"]) <= 100
