@@ -6,6 +6,7 @@ tests start get the same. A session has one device, unless the caller forces mor
 """
 
 import os
+import pathlib
 import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,6 +14,26 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Compiling is most of what tests do; a third of it is optimisation that no assertion depends on.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# For the same reason, the older of XLA's two ways to emit a fusion, whose code is compiled in a third of the time, and
+# one thread a program: there are as many workers as cores. Once only, because the flags are part of a program's key.
+os.environ["XLA_FLAGS"] = " ".join(
+    dict.fromkeys(
+        [
+            *os.environ.get("XLA_FLAGS", "").split(),
+            "--xla_cpu_use_fusion_emitters=false",
+            "--xla_cpu_parallel_codegen_split_count=1",
+        ]
+    )
+)
+# What one test, worker or process compiled no other compiles again, nor does the next session. Another folder can be
+# named by the first of these variables, and an empty name does without. The last keeps the folder out of the keys.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "compiled"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 # Figures are drawn without a screen.
 os.environ["MPLBACKEND"] = "Agg"
 # What a shell starts in the background ignores Ctrl-C, and so would the processes that tests send one.
@@ -21,6 +42,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import trainkit._trainer.trainer
 from trainkit._trainer.arguments import check_steps_per_call
@@ -42,8 +64,19 @@ def _number_of_steps(given):
 
 
 @pytest.fixture
-def auto(monkeypatch):
-    """Lets trainers that leave it open find their steps per call by measurement."""
+def no_cache():
+    """Does without the folder of compiled programs, as a user who names none; what a test sets instead is undone."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()  # it looks at its folder once
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def auto(monkeypatch, no_cache):
+    """Lets trainers that leave it open find their steps per call by measurement, which they remember in the cache."""
     monkeypatch.setattr(trainkit._trainer.trainer, "check_steps_per_call", check_steps_per_call)
 
 

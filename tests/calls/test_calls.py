@@ -377,19 +377,16 @@ def test_auto_in_a_fit(auto, monkeypatch, tmp_path, sizes):
         trainer = NetTrainer(Net(), optax.sgd(1e-2), callbacks=[watch, tk.callbacks.EMA(0.9)], **options)
         return trainer, trainer.fit(data, steps=limit)
 
-    try:
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-        trainer, got = run(limit=10**7)
-        choice = trainer._engine._last_calls.choice
-        assert got.stopped_by == "chosen"
-        assert max(sizes) > 1
-        (kept,) = tmp_path.glob("trainkit-call-*.json")
-        assert f'"{choice}"' in kept.read_text()
-        # The second start takes it up at its first call.
-        again, _ = run(limit=20)
-        assert again._engine._last_calls.choice == choice
-    finally:
-        jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    trainer, got = run(limit=10**7)
+    choice = trainer._engine._last_calls.choice
+    assert got.stopped_by == "chosen"
+    assert max(sizes) > 1
+    (kept,) = tmp_path.glob("trainkit-call-*.json")
+    assert f'"{choice}"' in kept.read_text()
+    # The second start takes it up at its first call.
+    again, _ = run(limit=20)
+    assert again._engine._last_calls.choice == choice
     _, expected = run(limit=got.step, steps_per_call=1)
     assert got.step < 200
     assert_same_state(got.state, expected.state, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,7 @@
 """Two processes of which one gets a signal: both end at the same step, save, and go on as if nothing had been."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
         port = free.getsockname()[1]
     env = {
         **environment(tmp_path / "cache"),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
         "NPROC": "4",
     }
     processes = [

@@ -11,7 +11,6 @@ import optax
 import pytest
 
 import trainkit as tk
-from tests.helpers.compiled import kept_in
 from tests.helpers.digits import Net, NetTrainer, arrays
 from trainkit._core.tree import named_leaves
 from trainkit.checkpoint._store import Store
@@ -53,12 +52,6 @@ PAIRS = [
     ("Pmap 8", "jit 8"),
 ]
 FOUND = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    with kept_in(tmp_path_factory.mktemp("cache")):
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -33,7 +33,8 @@ PATIENCE = 120
 
 def start(job, index, count, port, folder):
     """Starts one of `count` processes with 4 devices together; its output goes to a file."""
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}", "NPROC": "8"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={4 // count}"
+    env = {**os.environ, "XLA_FLAGS": flags, "NPROC": "8"}
     command = [
         sys.executable,
         "-m",
