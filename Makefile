@@ -22,7 +22,8 @@ RUFF_PATHS := .
 
 # Collectives on forced host devices deadlock unless XLA's thread pool has two threads per device.
 MULTI_DEVICE_ENV := NPROC=16 XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8"
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+# Each worker begins with half of the tests in their order, so that most files have their shared trainers made once.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
 
 # Where the tree that passed `make test` is noted, and what keeps a run from counting as one: anything given that
 # leaves out tests or overlooks their failure.
