@@ -32,7 +32,8 @@ IN_PART = $(strip $(ARGS) $(PYTEST_ADDOPTS) $(findstring i,$(firstword -$(MAKEFL
     $(filter-out VENV=% PYTHON=% WORKERS=%,$(MAKEOVERRIDES)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test tested quick lint types test-single test-multi coverage slow fused faults format docs bench clean
+.PHONY: help demo test tested quick lint types test-single test-multi coverage slow fused same faults format docs \
+    bench clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -77,6 +78,10 @@ slow: $(VENV)/.stamp-dev ## the tests marked slow, which `make test` leaves out
 fused: $(VENV)/.stamp-dev ## the tests once more, with seven training steps in one call wherever a test leaves that open
 	TRAINKIT_TEST_STEPS_PER_CALL=7 $(PYTEST) --ignore=tests/multi_device $(ARGS)
 	TRAINKIT_TEST_STEPS_PER_CALL=7 $(MULTI_DEVICE_ENV) $(PYTEST) tests/multi_device $(ARGS)
+
+same: $(VENV)/.stamp-dev ## the same runs by this tree and by BASE=<commit>, compared bit for bit; for refactorings
+	@test -n "$(BASE)" || { echo "make same BASE=<commit>: name the commit whose numbers are the right ones." >&2; exit 1; }
+	$(BIN)/python -m tests.same --base $(BASE) $(ARGS)
 
 faults: $(VENV)/.stamp-dev ## kill a run a hundred times, and signal it; compare what comes of it
 	$(BIN)/python -m tests.faults.kill --kills 100 $(ARGS)

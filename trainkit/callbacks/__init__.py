@@ -1,4 +1,8 @@
-"""Callbacks: host code that runs at fixed moments of a fit, and what it is told."""
+"""Callbacks: host code that runs at fixed moments of a fit, and what it is told.
+
+Each file owns one callback; `_callback.py` owns the moments and what a hook may return. The order in which callbacks
+are called is the loop's, and what of them runs inside the compiled step is in `hooks/`.
+"""
 
 from trainkit.callbacks._callback import Callback, Phase, Rollback, Save, Stop, Update
 from trainkit.callbacks._checkpoint import Checkpoint

@@ -10,7 +10,7 @@ import optax
 
 from trainkit._core.cadence import Cadence, Every, as_cadence
 from trainkit._core.tree import begin_fetch, copy_array
-from trainkit.callbacks._callback import Callback
+from trainkit.callbacks._deferred import Deferred
 from trainkit.callbacks._hyperparams import labels_of, missing, values_of
 from trainkit.callbacks._info import Info
 from trainkit.writers._writer import MetricWriter
@@ -18,7 +18,7 @@ from trainkit.writers._writer import MetricWriter
 _EVERY = Every(steps=50)
 
 
-class LearningRate(Callback):
+class LearningRate(Deferred[dict[str, jax.Array]]):
     """Writes the learning rate that the last update used, one interval late so that the devices run on.
 
     It is read from the optimizer state where `optax.inject_hyperparams` keeps it, else computed by
@@ -50,6 +50,7 @@ class LearningRate(Callback):
         schedule: optax.Schedule | None = None,
         hyperparam: str = "learning_rate",
     ) -> None:
+        super().__init__()
         self.every = as_cadence(every, "every")
         if schedule is not None and not callable(schedule):
             raise TypeError(
@@ -57,9 +58,7 @@ class LearningRate(Callback):
             )
         self._name, self._schedule, self._hyperparam = name, schedule, hyperparam
         self._rate: Callable[[Any], jax.Array] | None = None
-        self._writer: MetricWriter | None = None
         self._names: list[str] = []
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def on_fit_start(self, info: Info) -> None:
         labels = labels_of(info.state.opt_state, self._hyperparam)
@@ -68,10 +67,9 @@ class LearningRate(Callback):
             raise ValueError(f"{why}; or pass the schedule, LearningRate(schedule=...).")
         self._names = [f"{self._name}/{label}" if label else self._name for label in labels]
         self._rate = self._schedule and _compiled(self._schedule)
-        self._writer, self._pending = info.writer, None
+        super().on_fit_start(info)
 
-    def on_step(self, info: Info) -> None:
-        self._write_pending()
+    def _take(self, info: Info) -> dict[str, jax.Array]:
         if self._names:
             values = values_of(info.state.opt_state, self._hyperparam)
             # Copied, because the next step takes the buffers of the state.
@@ -80,39 +78,14 @@ class LearningRate(Callback):
             assert self._rate is not None
             rates = {self._name: self._rate(np.int32(info.step - 1))}
         begin_fetch(rates)
-        self._pending = info.step, rates
+        return rates
 
-    def on_eval_start(self, info: Info) -> None:
-        self._write_pending()
-
-    def on_fit_end(self, info: Info) -> None:
-        self._write_pending()
-
-    def on_exception(self, info: Info, exc: BaseException) -> None:
-        self._write_pending()
-
-    def close(self) -> None:
-        self._writer = self._pending = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Writes what is pending, so that a run resumed from here leaves no gap in the log."""
-        self._write_pending()
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._pending = None
-
-    def _write_pending(self) -> None:
-        if self._pending is None:
-            return
-        # Forgotten first: where reading raises, `on_exception` must not run into the same again.
-        (step, rates), self._pending = self._pending, None
-        assert self._writer is not None
+    def _write(self, writer: MetricWriter, step: int, taken: dict[str, jax.Array]) -> None:
         scalars: dict[str, float] = {}
-        for name, value in rates.items():
+        for name, value in taken.items():
             for index, element in np.ndenumerate(np.asarray(value)):
                 scalars["/".join([name, *map(str, index)])] = float(element)
-        self._writer.write_scalars(step, scalars)
+        writer.write_scalars(step, scalars)
 
 
 def _compiled(schedule: optax.Schedule) -> Callable[[Any], jax.Array]:

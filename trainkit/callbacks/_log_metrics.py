@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainkit._core.cadence import Cadence, Every, as_cadence
-from trainkit.callbacks._callback import Callback
+from trainkit.callbacks._deferred import Deferred
 from trainkit.callbacks._info import Info
 from trainkit.writers._writer import MetricWriter
 
@@ -16,7 +16,7 @@ _LOGGER = logging.getLogger("trainkit")
 _EVERY = Every(steps=50)
 
 
-class LogMetrics(Callback):
+class LogMetrics(Deferred[tuple[int, Mapping[str, Any]]]):
     """Writes `train/...` and `epoch` at its cadence, and `<eval-name>/...` after each evaluation.
 
     A training value is the exact mean over the steps since the last one written. To let the devices run
@@ -35,60 +35,42 @@ class LogMetrics(Callback):
     """
 
     def __init__(self, every: Cadence = _EVERY) -> None:
+        super().__init__()
         self.every = as_cadence(every, "every")
-        self._writer: MetricWriter | None = None
-        self._pending: tuple[int, int, Mapping[str, Any]] | None = None
         self._last_step = 0
         self._left_out: set[str] = set()
 
     def on_fit_start(self, info: Info) -> None:
-        self._writer, self._pending = info.writer, None
+        super().on_fit_start(info)
         self._last_step = min(self._last_step, info.step)
 
-    def on_step(self, info: Info) -> None:
-        self._write_pending()
-        self._take(info)
-
-    def on_eval_start(self, info: Info) -> None:
-        self._write_pending()
-
     def on_eval_end(self, info: Info) -> None:
-        self._write(info.step, info.metrics)
+        assert self._writer is not None
+        self._write_numbers(self._writer, info.step, info.metrics)
 
     def on_fit_end(self, info: Info) -> None:
-        self._write_pending()
+        super().on_fit_end(info)
         if info.step > self._last_step:
-            self._take(info)
+            self.on_step(info)
             self._write_pending()
 
-    def on_exception(self, info: Info, exc: BaseException) -> None:
-        self._write_pending()
-
-    def close(self) -> None:
-        self._writer = self._pending = None
-
     def state_dict(self) -> dict[str, Any]:
-        """Writes what is pending, so that a run resumed from here leaves no gap in the log."""
-        self._write_pending()
-        return {"last_step": self._last_step}
+        return {**super().state_dict(), "last_step": self._last_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._last_step, self._pending = state["last_step"], None
+        super().load_state_dict(state)
+        self._last_step = state["last_step"]
 
-    def _take(self, info: Info) -> None:
-        self._pending = info.step, info.epoch, info.metrics
+    def _take(self, info: Info) -> tuple[int, Mapping[str, Any]]:
         self._last_step = info.step
+        return info.epoch, info.metrics
 
-    def _write_pending(self) -> None:
-        if self._pending is None:
-            return
-        # Forgotten first: where reading raises, `on_exception` must not run into the same again.
-        (step, epoch, metrics), self._pending = self._pending, None
+    def _write(self, writer: MetricWriter, step: int, taken: tuple[int, Mapping[str, Any]]) -> None:
+        epoch, metrics = taken
         if metrics:
-            self._write(step, {**metrics, "epoch": epoch})
+            self._write_numbers(writer, step, {**metrics, "epoch": epoch})
 
-    def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        assert self._writer is not None
+    def _write_numbers(self, writer: MetricWriter, step: int, metrics: Mapping[str, Any]) -> None:
         scalars = {name: float(value) for name, value in metrics.items() if _is_number(value)}
         for name in metrics.keys() - scalars.keys() - self._left_out:
             self._left_out.add(name)
@@ -99,7 +81,7 @@ class LogMetrics(Callback):
                 np.shape(metrics[name]),
             )
         if scalars:
-            self._writer.write_scalars(step, scalars)
+            writer.write_scalars(step, scalars)
 
 
 def _is_number(value: Any) -> bool:

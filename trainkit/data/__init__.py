@@ -1,4 +1,8 @@
-"""Data sources, prefetching and the IDX reader."""
+"""Data sources, prefetching and the IDX reader.
+
+Owns what a source is, the order of its rows and the place in it. Padding and the way to the devices are `_feed/`'s; no
+file here knows a step.
+"""
 
 from trainkit.data._arrays import Arrays
 from trainkit.data._batch import GlobalBatch

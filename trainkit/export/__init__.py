@@ -1,4 +1,8 @@
-"""Trained models as files that run without the code of the model."""
+"""Trained models as files that run without the code of the model; and any tree of arrays as one checked file.
+
+Owns those formats and what can be exported. It neither trains nor knows checkpoints, which hold a whole run and are
+`checkpoint/`'s.
+"""
 
 from trainkit.export._artifact import Exported, load, save
 from trainkit.export._saved_model import saved_model

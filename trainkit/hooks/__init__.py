@@ -1,4 +1,8 @@
-"""Step hooks: what callbacks trace into the compiled step."""
+"""Step hooks: what callbacks have traced into the compiled step.
+
+A hook is a pure pair, `init` and `update`, with memory in `state.hooks`; each file owns one. The callback that asks for
+it is in `callbacks/`, and the step that calls it is `_step/`'s.
+"""
 
 from trainkit.hooks._ema import EmaState
 from trainkit.hooks._hook import StepHook, StepValues

@@ -1,4 +1,8 @@
-"""Metrics beyond those of `clu.metrics`, and what accumulates a collection of them in a compiled step."""
+"""Metrics beyond those of `clu.metrics`, and what accumulates a collection of them in a compiled step.
+
+Owns how values are counted, merged and computed, exactly under masks. When they are read is the loop's affair, and
+where they are written the writers'.
+"""
 
 from trainkit.metrics._accumulator import Accumulator, LossMetrics
 from trainkit.metrics._collecting import Collecting, collecting

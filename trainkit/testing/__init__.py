@@ -1,7 +1,7 @@
 """Proofs for what people plug in: strategies, callbacks, writers and sources of their own.
 
 Each function runs what it is given and raises an `AssertionError` that says which promise was broken. Owns what
-is promised; needs no test runner.
+is promised; needs no test runner, and nothing in the package imports it.
 """
 
 from trainkit.testing._callbacks import check_callback

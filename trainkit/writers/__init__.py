@@ -1,4 +1,8 @@
-"""Writers of metrics: TensorBoard, JSONL, console, and what joins and guards them."""
+"""Writers of metrics: TensorBoard, JSONL, console, and what joins and guards them.
+
+Owns the interface, which is that of `clu.metric_writers`, the formats, and which logs a run has. What is written, and
+when, is for callbacks to say.
+"""
 
 from trainkit.writers._attributed import Attributed, Ledger
 from trainkit.writers._console import ConsoleWriter

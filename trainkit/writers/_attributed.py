@@ -4,8 +4,8 @@ import collections
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from trainkit._core.typing import Array
-from trainkit.writers._writer import MetricWriter, Scalar
+from trainkit.writers._alike import AlikeWriter, Kind
+from trainkit.writers._writer import MetricWriter
 
 _STEPS_KEPT = 16
 """Values arrive at most an interval late, so a name written twice is found among the latest few steps."""
@@ -80,8 +80,10 @@ class Ledger:
             del self._owners[later]
 
 
-class Attributed(MetricWriter):
+class Attributed(AlikeWriter):
     """A view of a shared writer for one owner, such as a callback.
+
+    A name that was written at the same step before, by whomever, is refused with a ValueError.
 
     Args:
         writer: the shared writer.
@@ -100,57 +102,6 @@ class Attributed(MetricWriter):
         self._owner = owner
         self._ledger = ledger
 
-    def write_summaries(
-        self, step: int, values: Mapping[str, Array], metadata: Mapping[str, Any] | None = None
-    ) -> None:
-        """Writes raw tensors; raises ValueError, as all of these do, for a name written before."""
-        self._ledger.note(self._owner, int(step), values)
-        self._writer.write_summaries(step, values, metadata)
-
-    def write_scalars(self, step: int, scalars: Mapping[str, Scalar]) -> None:
-        """Writes numbers."""
-        self._ledger.note(self._owner, int(step), scalars)
-        self._writer.write_scalars(step, scalars)
-
-    def write_images(self, step: int, images: Mapping[str, Array]) -> None:
-        """Writes images."""
-        self._ledger.note(self._owner, int(step), images)
-        self._writer.write_images(step, images)
-
-    def write_videos(self, step: int, videos: Mapping[str, Array]) -> None:
-        """Writes videos."""
-        self._ledger.note(self._owner, int(step), videos)
-        self._writer.write_videos(step, videos)
-
-    def write_audios(self, step: int, audios: Mapping[str, Array], *, sample_rate: int) -> None:
-        """Writes sounds."""
-        self._ledger.note(self._owner, int(step), audios)
-        self._writer.write_audios(step, audios, sample_rate=sample_rate)
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Writes texts."""
-        self._ledger.note(self._owner, int(step), texts)
-        self._writer.write_texts(step, texts)
-
-    def write_histograms(
-        self, step: int, arrays: Mapping[str, Array], num_buckets: Mapping[str, int] | None = None
-    ) -> None:
-        """Writes distributions."""
-        self._ledger.note(self._owner, int(step), arrays)
-        self._writer.write_histograms(step, arrays, num_buckets)
-
-    def write_pointcloud(
-        self,
-        step: int,
-        point_clouds: Mapping[str, Array],
-        *,
-        point_colors: Mapping[str, Array] | None = None,
-        configs: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Writes clouds of points."""
-        self._ledger.note(self._owner, int(step), point_clouds)
-        self._writer.write_pointcloud(step, point_clouds, point_colors=point_colors, configs=configs)
-
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Writes the hyperparameters; raises ValueError where they were written before."""
         self._ledger.note_hparams(self._owner)
@@ -163,6 +114,11 @@ class Attributed(MetricWriter):
     def close(self) -> None:
         """Flushes the shared writer and leaves it open for the other owners."""
         self._writer.flush()
+
+    def _write(self, kind: Kind, step: int, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Writes values of any kind, unless one of the names was written at this step before."""
+        self._ledger.note(self._owner, int(step), values)
+        getattr(self._writer, f"write_{kind}")(step, values, *args, **kwargs)
 
 
 def _twice(name: str, step: int, first: str, second: str) -> str:

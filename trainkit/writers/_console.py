@@ -4,12 +4,22 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
-from trainkit._core.typing import Array
+from trainkit.writers._alike import AlikeWriter, Kind
 from trainkit.writers._values import Unwritable, as_number, describe, flat_hparams
-from trainkit.writers._writer import MetricWriter, Scalar
+from trainkit.writers._writer import Scalar
+
+_ONE_OF: Mapping[Kind, str] = {
+    "summaries": "tensor",
+    "images": "image",
+    "videos": "video",
+    "audios": "audio",
+    "histograms": "histogram",
+    "pointcloud": "point cloud",
+}
+"""What a line calls one array of a kind."""
 
 
-class ConsoleWriter(MetricWriter):
+class ConsoleWriter(AlikeWriter):
     """Writes a line for each call: numbers and texts as they are, arrays as shape and dtype.
 
     Args:
@@ -23,48 +33,13 @@ class ConsoleWriter(MetricWriter):
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
 
-    def write_summaries(
-        self, step: int, values: Mapping[str, Array], metadata: Mapping[str, Any] | None = None
-    ) -> None:
-        """Prints the shapes and dtypes of raw tensors."""
-        self._arrays(step, "tensor", values)
-
     def write_scalars(self, step: int, scalars: Mapping[str, Scalar]) -> None:
         """Prints numbers to six digits."""
         self._line(step, (f"{name}={_number(value)}" for name, value in scalars.items()))
 
-    def write_images(self, step: int, images: Mapping[str, Array]) -> None:
-        """Prints the shapes and dtypes of images."""
-        self._arrays(step, "image", images)
-
-    def write_videos(self, step: int, videos: Mapping[str, Array]) -> None:
-        """Prints the shapes and dtypes of videos."""
-        self._arrays(step, "video", videos)
-
-    def write_audios(self, step: int, audios: Mapping[str, Array], *, sample_rate: int) -> None:
-        """Prints the shapes and dtypes of sounds."""
-        self._arrays(step, "audio", audios)
-
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Prints texts."""
         self._line(step, (f"{name}: {text}" for name, text in texts.items()))
-
-    def write_histograms(
-        self, step: int, arrays: Mapping[str, Array], num_buckets: Mapping[str, int] | None = None
-    ) -> None:
-        """Prints the shapes and dtypes of the arrays."""
-        self._arrays(step, "histogram", arrays)
-
-    def write_pointcloud(
-        self,
-        step: int,
-        point_clouds: Mapping[str, Array],
-        *,
-        point_colors: Mapping[str, Array] | None = None,
-        configs: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Prints the shapes and dtypes of the clouds."""
-        self._arrays(step, "point cloud", point_clouds)
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Prints the hyperparameters."""
@@ -79,8 +54,10 @@ class ConsoleWriter(MetricWriter):
         """Flushes the stream, which stays open: it is the caller's."""
         self.flush()
 
-    def _arrays(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        self._line(step, (f"{name}: {kind} {_sketch(value)}" for name, value in values.items()))
+    def _write(self, kind: Kind, step: int, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Prints the shapes and dtypes of arrays."""
+        one = _ONE_OF[kind]
+        self._line(step, (f"{name}: {one} {_sketch(value)}" for name, value in values.items()))
 
     def _line(self, step: int, items: Iterable[str]) -> None:
         line = ", ".join(items)

@@ -8,18 +8,19 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from trainkit._core.typing import Array, Clock
+from trainkit._core.typing import Clock
+from trainkit.writers._alike import AlikeWriter, Kind
 from trainkit.writers._file import RecordFile, rewrite
 from trainkit.writers._logdir import claim, release
 from trainkit.writers._values import Complaints, Unwritable, as_number, describe, flat_hparams
-from trainkit.writers._writer import MetricWriter, Scalar
+from trainkit.writers._writer import Scalar
 
 _KIND = "JSONL"
 _NAME = "metrics.jsonl"
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
-class JsonlWriter(MetricWriter):
+class JsonlWriter(AlikeWriter):
     """Writes `logdir/metrics.jsonl`, which any tool that reads JSON lines can read.
 
     A line is `{"step": 10, "time": 1.7e9, "scalars": {"train/loss": 0.5}}`, or has `texts` in place of
@@ -62,12 +63,6 @@ class JsonlWriter(MetricWriter):
             release(self._logdir, _KIND, self)
             raise
 
-    def write_summaries(
-        self, step: int, values: Mapping[str, Array], metadata: Mapping[str, Any] | None = None
-    ) -> None:
-        """Notes the shapes and dtypes of raw tensors."""
-        self._note(step, "summaries", values)
-
     def write_scalars(self, step: int, scalars: Mapping[str, Scalar]) -> None:
         """Writes numbers as one line; integers stay exact."""
         numbers = {}
@@ -76,40 +71,11 @@ class JsonlWriter(MetricWriter):
                 numbers[name] = _encoded(as_number(value))
             except Unwritable as error:
                 self._complaints.once("scalar", name, str(error))
-        self._write(step, "scalars", numbers)
-
-    def write_images(self, step: int, images: Mapping[str, Array]) -> None:
-        """Notes the shapes and dtypes of images."""
-        self._note(step, "images", images)
-
-    def write_videos(self, step: int, videos: Mapping[str, Array]) -> None:
-        """Notes the shapes and dtypes of videos."""
-        self._note(step, "videos", videos)
-
-    def write_audios(self, step: int, audios: Mapping[str, Array], *, sample_rate: int) -> None:
-        """Notes the shapes and dtypes of sounds."""
-        self._note(step, "audios", audios)
+        self._note(step, "scalars", numbers)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Writes texts as one line."""
-        self._write(step, "texts", {name: str(text) for name, text in texts.items()})
-
-    def write_histograms(
-        self, step: int, arrays: Mapping[str, Array], num_buckets: Mapping[str, int] | None = None
-    ) -> None:
-        """Notes the shapes and dtypes of the arrays."""
-        self._note(step, "histograms", arrays)
-
-    def write_pointcloud(
-        self,
-        step: int,
-        point_clouds: Mapping[str, Array],
-        *,
-        point_colors: Mapping[str, Array] | None = None,
-        configs: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Notes the shapes and dtypes of the clouds."""
-        self._note(step, "pointclouds", point_clouds)
+        self._note(step, "texts", {name: str(text) for name, text in texts.items()})
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Writes the hyperparameters as one line without a step."""
@@ -133,12 +99,14 @@ class JsonlWriter(MetricWriter):
         if self._file is not None:
             self._file.close()
 
-    def _note(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        self._write(step, kind, {name: describe(value) for name, value in values.items()})
+    def _write(self, kind: Kind, step: int, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Notes the shapes and dtypes of arrays."""
+        key = "pointclouds" if kind == "pointcloud" else kind
+        self._note(step, key, {name: describe(value) for name, value in values.items()})
 
-    def _write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+    def _note(self, step: int, key: str, values: dict[str, Any]) -> None:
         if values:
-            self._append({"step": int(step), "time": self._clock(), kind: values})
+            self._append({"step": int(step), "time": self._clock(), key: values})
 
     def _append(self, entry: dict[str, Any]) -> None:
         if self._closed:

@@ -5,15 +5,15 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from trainkit._core.typing import Array
+from trainkit.writers._alike import AlikeWriter, Kind
 from trainkit.writers._values import on_host
-from trainkit.writers._writer import MetricWriter, Scalar
+from trainkit.writers._writer import MetricWriter
 
 _OPTIONAL = frozenset({"write_pointcloud"})
 """Methods that released CLU writers do not have yet."""
 
 
-class MultiWriter(MetricWriter):
+class MultiWriter(AlikeWriter):
     """Hands everything to several writers, ours or CLU's; a failing one is left out and the others go on.
 
     The first exception of a writer is warned about, with the writer, the method and the error, and the
@@ -40,54 +40,9 @@ class MultiWriter(MetricWriter):
         self._failed: set[int] = set()
         self._refused: set[tuple[int, str]] = set()
 
-    def write_summaries(
-        self, step: int, values: Mapping[str, Array], metadata: Mapping[str, Any] | None = None
-    ) -> None:
-        """Hands on raw tensors."""
-        self._each("write_summaries", step, on_host(values), metadata)
-
-    def write_scalars(self, step: int, scalars: Mapping[str, Scalar]) -> None:
-        """Hands on numbers."""
-        self._each("write_scalars", step, on_host(scalars))
-
-    def write_images(self, step: int, images: Mapping[str, Array]) -> None:
-        """Hands on images."""
-        self._each("write_images", step, on_host(images))
-
-    def write_videos(self, step: int, videos: Mapping[str, Array]) -> None:
-        """Hands on videos."""
-        self._each("write_videos", step, on_host(videos))
-
-    def write_audios(self, step: int, audios: Mapping[str, Array], *, sample_rate: int) -> None:
-        """Hands on sounds."""
-        self._each("write_audios", step, on_host(audios), sample_rate=sample_rate)
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Hands on texts."""
-        self._each("write_texts", step, texts)
-
-    def write_histograms(
-        self, step: int, arrays: Mapping[str, Array], num_buckets: Mapping[str, int] | None = None
-    ) -> None:
-        """Hands on arrays to be summarised."""
-        self._each("write_histograms", step, on_host(arrays), num_buckets)
-
-    def write_pointcloud(
-        self,
-        step: int,
-        point_clouds: Mapping[str, Array],
-        *,
-        point_colors: Mapping[str, Array] | None = None,
-        configs: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Hands on clouds of points."""
-        colors = None if point_colors is None else on_host(point_colors)
-        clouds = on_host(point_clouds)
-        self._each("write_pointcloud", step, clouds, point_colors=colors, configs=configs)
-
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Hands on the hyperparameters."""
-        self._each("write_hparams", hparams)
+        _warn(self._each("write_hparams", hparams), stacklevel=3)
 
     def rewind(self, step: int, names: Collection[str]) -> None:
         """Takes back from every writer that can; raises what they raise, since the log would be wrong for good."""
@@ -97,7 +52,7 @@ class MultiWriter(MetricWriter):
 
     def flush(self) -> None:
         """Flushes every writer."""
-        self._each("flush")
+        _warn(self._each("flush"), stacklevel=3)
 
     def close(self) -> None:
         """Closes every writer, also those left out, whose errors were told before."""
@@ -106,15 +61,22 @@ class MultiWriter(MetricWriter):
             # A stack, since an interrupt in one must not leave the others open; it runs in reverse.
             for index in reversed(range(len(self._writers))):
                 stack.callback(self._call, index, "close", messages)
-        _warn(messages)
+        _warn(messages, stacklevel=3)
 
-    def _each(self, method: str, *args: Any, **kwargs: Any) -> None:
+    def _write(self, kind: Kind, step: int, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Hands on values of any kind."""
+        if kind == "pointcloud" and kwargs["point_colors"] is not None:
+            kwargs["point_colors"] = on_host(kwargs["point_colors"])
+        _warn(self._each(f"write_{kind}", step, on_host(values), *args, **kwargs), stacklevel=4)
+
+    def _each(self, method: str, *args: Any, **kwargs: Any) -> list[str]:
+        """Calls a method of every writer that has not failed, and returns what is to be warned about."""
         messages: list[str] = []
         for index in range(len(self._writers)):
             if index not in self._failed and (index, method) not in self._refused:
                 self._call(index, method, messages, *args, **kwargs)
-        # After the loop: where warnings are errors, every writer has had the values all the same.
-        _warn(messages)
+        # Not warned about here: where warnings are errors, every writer has the values all the same.
+        return messages
 
     def _call(self, index: int, method: str, messages: list[str], *args: Any, **kwargs: Any) -> None:
         writer = self._writers[index]
@@ -147,6 +109,6 @@ def _check(writer: Any) -> None:
         )
 
 
-def _warn(messages: list[str]) -> None:
+def _warn(messages: list[str], stacklevel: int) -> None:
     for message in messages:
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=stacklevel)
