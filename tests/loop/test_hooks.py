@@ -12,14 +12,14 @@ import optax
 import pytest
 
 import trainkit as tk
+import trainkit._loop.run
 import trainkit._step.steps
-import trainkit._trainer.trainer
 from tests.helpers.compare import assert_same
 from tests.helpers.digits import Net, NetTrainer, batches
 from tests.helpers.transcript import Recorder, calls, lines
 from tests.helpers.weight import numbers, traces, trainer, weight
 from trainkit._loop.dispatch import Dispatcher
-from trainkit._loop.loop import Loop
+from trainkit._loop.stopwatch import Stopwatch
 from trainkit.callbacks import Callback, Lambda
 from trainkit.callbacks._callback import Phase
 from trainkit.hooks import StepHook
@@ -203,7 +203,7 @@ class Time:
 
 def test_cadence_in_seconds(monkeypatch):
     clock = Time()
-    monkeypatch.setattr(trainkit._trainer.trainer, "Loop", functools.partial(Loop, clock=clock))
+    monkeypatch.setattr(trainkit._loop.run, "Stopwatch", functools.partial(Stopwatch, clock=clock))
     seconds, told = Recorder(every=tk.Every(seconds=3)), []
     # The clock ticks after each step, so at step n it shows n - 1, but for the jump at step 8.
     ticks = Lambda(on_step=lambda info: setattr(clock, "now", clock.now + (10 if info.step == 8 else 1)))

@@ -279,14 +279,14 @@ def test_asking_before_there_is_a_state():
 
 def test_weights_and_state_of_the_wrong_kind():
     made = started()
-    with refused(ValueError, "weights='best'", "'ema' and 'live'", uncompiled=made):
+    with refused(ValueError, "weights='best'", "'averaged'", "'live'", uncompiled=made):
         made.evaluate([BATCH], weights="best")
     with refused(TypeError, "trainer.state must be a tk.TrainState", "got dict"):
         made.state = {"params": made.state.params}
 
 
 def test_a_method_that_is_final():
-    for name in ("fit", "evaluate", "predict", "init", "summary", "state", "_engine", "_begin"):
+    for name in ("fit", "evaluate", "predict", "init", "summary", "state", "_engine", "_weights"):
         with refused(TypeError, f"Odd overrides {name}", "loss, metrics, train_step", "write a callback"):
             type("Odd", (Line,), {name: lambda self: None})
 

@@ -14,6 +14,7 @@ from trainkit._calls.calls import ONE_BY_ONE, Calls, CallSettings
 from trainkit._core.state import TrainState, key_of, with_raw_key
 from trainkit._core.tree import copy_arrays, describe, differences, is_key, key_generator, signature
 from trainkit._core.typing import Batch, PyTree
+from trainkit._engine.applied import KeptByFunction, check_applied
 from trainkit._engine.eval_loop import LoopedFeed, looped
 from trainkit._feed.feed import Feed, SharedFeed
 from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
@@ -79,6 +80,8 @@ class Engine:
         self._collections = {"training": _with_loss_scale(collection) if scaled else collection}
         self._collections["evaluation"] = collection
         self._prepared: dict[tuple[str, ...], tuple[Callable[..., Any], Accumulator, PyTree, Calls]] = {}
+        self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._applied = KeptByFunction()
         self._settings = settings
         self._last_calls: Calls | None = None
         self._traits: dict[tuple[Any, ...], Traits] = {}
@@ -224,9 +227,15 @@ class Engine:
         inputs, outputs = (Role.STATE, Role.WHOLE, Role.ROWS, Role.ROWS), (Role.WHOLE, Role.ROWS)
         return self.strategy.compile(step, inputs=inputs, outputs=outputs)
 
-    @functools.cache  # noqa: B019 - one engine lives as long as its trainer
     def _in_loop(self, step: Callable[..., Any], rows: int, masked: bool) -> Callable[..., Any]:
-        return self._compiled_eval(looped(step, rows, masked=masked))
+        key = ("looped", step, rows, masked)
+        return self._kept(key, lambda: self._compiled_eval(looped(step, rows, masked=masked)))
+
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        """Returns the program under `key`, made at first use. Kept here, and so no longer than this engine."""
+        if key not in self._programs:
+            self._programs[key] = make()
+        return self._programs[key]
 
     def _looped_over(self, source: Source, accumulator: Accumulator, traits: Traits) -> Arrays | None:
         """Returns `source` where one call evaluates many of its batches, None where each is a call."""
@@ -252,6 +261,32 @@ class Engine:
         rows = batch_size_of(first)
         feed = self._feed(rows=rows, may_be_partial=True, exact=True, what="prediction")
         return self._predict(key_impl(state)), feed
+
+    def applied(
+        self, state: TrainState, fn: Callable[..., Any], args: tuple[Any, ...], rng: jax.Array | int | None
+    ) -> PyTree:
+        """Returns what `fn(bound module, *args)` gives, on the devices; compiled, and kept by `fn`.
+
+        Args:
+            state: the train state.
+            fn: called in the scope of the module, not training.
+            args: trees of arrays and numbers.
+            rng: a key, the seed of one, or None for that of the step.
+
+        Raises:
+            TypeError: `fn` is no function, or something in `args` is neither an array nor a number.
+        """
+        check_applied(fn, args)
+        rng = jax.random.key(rng) if isinstance(rng, int) else rng
+        impl, bare = key_impl(state), with_raw_key(state.replace(opt_state=(), hooks={}))
+        with explained_errors():
+            program = self._applied.get((impl, fn), lambda: self._compiled_applied(impl, fn))
+            return program(bare, *self.strategy.replicate((args, rng)))
+
+    def _compiled_applied(self, impl: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+        inputs = (Role.STATE, Role.WHOLE, Role.WHOLE)
+        step = functools.partial(self.steps.applied, impl, fn)
+        return self.strategy.compile(step, inputs=inputs, outputs=Role.WHOLE)
 
     def prediction(self, state: TrainState) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:
         """Returns a pure function of `(state, batch)` that predicts on one device, and the state it takes."""
@@ -283,13 +318,10 @@ class Engine:
     def _feed(self, **options: Any) -> Feed:
         return (Feed if self.strategy.processes == 1 else SharedFeed)(self.strategy, **options)
 
-    @functools.cache  # noqa: B019 - one engine lives as long as its trainer
     def _predict(self, impl: str) -> Callable[..., Any]:
-        return self.strategy.compile(
-            functools.partial(self.steps.predict, impl),
-            inputs=(Role.STATE, Role.ROWS, Role.ROWS),
-            outputs=Role.ROWS,
-        )
+        roles = {"inputs": (Role.STATE, Role.ROWS, Role.ROWS), "outputs": Role.ROWS}
+        step = functools.partial(self.steps.predict, impl)
+        return self._kept(("predict", impl), lambda: self.strategy.compile(step, **roles))
 
     @functools.cached_property
     def _read_average(self) -> Callable[..., Any]:

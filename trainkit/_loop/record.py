@@ -21,6 +21,9 @@ _LOG = logging.getLogger("trainkit")
 class Record:
     """The callbacks of one fit with what each reads and writes.
 
+    Attributes:
+        history: every scalar logged.
+
     Args:
         callbacks: in the order given.
         writer: of the fit.
@@ -31,7 +34,7 @@ class Record:
     def __init__(
         self, callbacks: Sequence[Callback], writer: MetricWriter, history: History, metrics: TrainMetrics
     ) -> None:
-        self._callbacks, self._history, self._metrics = callbacks, history, metrics
+        self._callbacks, self.history, self._metrics = callbacks, history, metrics
         self._names = {id(c): name for c, name in zip(callbacks, _owners(callbacks), strict=True)}
         self._writer, self._ledger = writer, Ledger()
         self._writers = {key: Attributed(writer, name, self._ledger) for key, name in self._names.items()}
@@ -57,7 +60,7 @@ class Record:
         return {
             "callbacks": callbacks,
             "metrics": self._metrics.state_dict(),
-            "history": self._history.state_dict(),
+            "history": self.history.state_dict(),
             "written": tuple(self._ledger.names(step)),
         }
 
@@ -76,7 +79,7 @@ class Record:
         self._ledger.rewind(saved.step - 1)
         if saved.written:
             self._ledger.note("the run before it was resumed", saved.step, saved.written)
-        self._history.load_state_dict(saved.history)
+        self.history.load_state_dict(saved.history)
         self._metrics.load_state_dict(saved.metrics, replicate)
         for callback in self._callbacks:
             name = self._names[id(callback)]

@@ -8,12 +8,22 @@ from trainkit._core.cadence import Cadence
 from trainkit._core.position import Position
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._info import Plan
+from trainkit.checkpoint._store import Store
 from trainkit.data._source import Source
+from trainkit.writers._writer import MetricWriter
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What one fit was asked to do; exactly one of `epochs` and `steps` is given, `fit` is its number in the run."""
+    """What one fit was asked to do; exactly one of `epochs` and `steps` is given.
+
+    Attributes:
+        fit: its number in the run.
+        seed: of the trainer.
+        writers: those of the user.
+        stores: the checkpoints that it goes on from; none where it is not to be resumed.
+        keep_compiled: whether compiled programs are kept in `logdir`.
+    """
 
     fit: int
     source: Source
@@ -24,6 +34,10 @@ class Request:
     accumulate: int
     callbacks: tuple[Callback, ...]
     logdir: pathlib.Path | None
+    seed: int = 0
+    writers: tuple[MetricWriter, ...] = ()
+    stores: tuple[Store, ...] = ()
+    keep_compiled: bool = True
 
 
 def plan_of(request: Request, step: int, position: Position, first_step: int, first_epoch: int) -> Plan:

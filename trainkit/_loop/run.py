@@ -1,19 +1,52 @@
 """Where a trainer stands in its run, over all of its fits. Owns what a checkpoint sets back; trains nothing."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from trainkit._core.history import History
 from trainkit._core.position import Position
 from trainkit._core.state import TrainState
-from trainkit._core.tree import named_leaves
+from trainkit._core.tree import copy_arrays, named_leaves
 from trainkit._engine.engine import Engine
+from trainkit._loop.standing import Standing
+from trainkit._loop.stopwatch import Stopwatch
 from trainkit._resume.choose import choose, newest_of
 from trainkit._resume.restore import Restored, restore_built, restore_partly, restore_state
 from trainkit._resume.saved import Saved, load_saved
 from trainkit.checkpoint._store import Store
 from trainkit.writers._writer import MetricWriter
+
+FIT_INSTEAD = "return tk.Stop(reason) from the hook to end this one, and call fit after it"
+"""What to do about a fit within a fit."""
+
+
+class Ongoing:
+    """A fit that runs.
+
+    Attributes:
+        standing: where it stands, None before its first step can run.
+        watch: where its time goes.
+        thread: in which it runs.
+    """
+
+    def __init__(self) -> None:
+        self.standing: Standing | None = None
+        self.watch = Stopwatch()
+        self.thread = threading.current_thread()
+        self._copied_from: TrainState | None = None
+        self._copy: Callable[[], TrainState | None] = lambda: None
+
+    def copy(self, standing: Standing) -> TrainState:
+        """Returns a copy of the state, which no step takes: the same as long as it is held and no step ran."""
+        copy = self._copy() if self._copied_from is standing.raw else None
+        if copy is None:
+            copy = copy_arrays(standing.state)
+            self._copied_from, self._copy = standing.raw, weakref.ref(copy)
+        return copy
 
 
 class Run:
@@ -24,12 +57,90 @@ class Run:
         position: where it stands in its data.
         fits: how many were begun.
         data: what the last of them trained on, None before the first.
+        state: the train state between fits, None before there is one.
+        shown: whether the user may hold it, so that a step must not take its buffers.
     """
 
     def __init__(self) -> None:
         self.history, self.position, self.fits = History(), Position(), 0
         self.data: Any = None
+        self.state: TrainState | None = None
+        self.shown = False
+        self._ongoing: Ongoing | None = None
+        self._entering = threading.Lock()
         self._catching_up = True
+
+    # During a fit ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def fitting(self) -> Iterator[Ongoing]:
+        """Has everything that is asked within answered by the fit that runs; refuses a second one.
+
+        Raises:
+            RuntimeError: one runs.
+        """
+        with self._entering:
+            self.refuse_in_fit("fit", FIT_INSTEAD)
+            ongoing = self._ongoing = Ongoing()
+        try:
+            yield ongoing
+        finally:
+            self._ongoing = None
+
+    def refuse_in_fit(self, what: str, instead: str) -> None:
+        """Refuses what would pull the state from under a fit that runs.
+
+        Args:
+            what: was asked of the trainer.
+            instead: what to do about it in a hook.
+
+        Raises:
+            RuntimeError: a fit runs.
+        """
+        self._check_thread(what)
+        if self._ongoing is not None:
+            raise RuntimeError(f"trainer.{what} was called while trainer.fit runs: {instead}.")
+
+    def current(self, what: str) -> TrainState | None:
+        """Returns the train state of this moment, which the next step takes; None where there is none.
+
+        Args:
+            what: was asked of the trainer.
+
+        Raises:
+            RuntimeError: a fit runs in another thread.
+        """
+        self._check_thread(what)
+        standing = self._standing
+        return self.state if standing is None else standing.state
+
+    def show(self) -> TrainState | None:
+        """Returns the train state of this moment for the user to hold: a copy where a fit runs."""
+        self._check_thread("state")
+        if (standing := self._standing) is not None:
+            assert self._ongoing is not None
+            return self._ongoing.copy(standing)
+        self.shown = True
+        return self.state
+
+    def timed(self, part: str) -> contextlib.AbstractContextManager[None]:
+        """Counts what happens within for a part of the fit that runs, if one does."""
+        return contextlib.nullcontext() if self._ongoing is None else self._ongoing.watch.on(part)
+
+    @property
+    def _standing(self) -> Standing | None:
+        return None if self._ongoing is None else self._ongoing.standing
+
+    def _check_thread(self, what: str) -> None:
+        ongoing = self._ongoing
+        if ongoing is not None and ongoing.thread is not threading.current_thread():
+            raise RuntimeError(
+                f"trainer.{what} was called in the thread {threading.current_thread().name!r} while trainer.fit runs "
+                f"in {ongoing.thread.name!r}: a trainer belongs to one thread during a fit. Ask in a hook of a "
+                "callback (info.evaluate, info.predict, info.apply), wait for the fit, or make another trainer."
+            )
+
+    # Between fits ---------------------------------------------------------------------------------------------
 
     def aim_at(self, data: Any) -> None:
         """Notes what the next fit trains on: the same goes on inside its pass, other data begin one of their own."""
@@ -41,13 +152,17 @@ class Run:
         """Takes whatever the next fit trains on for the data in which the run stands."""
         self.data, self.position.rows = None, 0
 
-    def find(self, stores: Sequence[Store], writer: MetricWriter, step: int) -> tuple[Store, Saved] | None:
+    @property
+    def steps_done(self) -> int:
+        """Updates completed."""
+        return 0 if self.state is None else int(self.state.step)
+
+    def find(self, stores: Sequence[Store], writer: MetricWriter) -> tuple[Store, Saved] | None:
         """Returns where an earlier process left the run, None where there is nothing of it left to catch up with.
 
         Args:
             stores: its checkpoints; none where it is not to be resumed.
             writer: of the logs.
-            step: updates completed here.
         """
         if not stores or not self._catching_up:
             return None
@@ -56,7 +171,7 @@ class Run:
         newest = newest_of(stores)
         if newest is None:
             # Killed before its first checkpoint, a run leaves logs all the same.
-            writer.rewind(step, ())
+            writer.rewind(self.steps_done, ())
             return None
         store, saved = newest[0], load_saved(*newest)
         self.set_to(saved)
@@ -76,23 +191,25 @@ class Run:
 def restore(
     engine: Engine,
     run: Run,
-    current: TrainState | None,
     path: str | os.PathLike[str],
     step: int | str,
     partial: bool | Sequence[str],
-) -> tuple[TrainState, Restored]:
-    """Returns the train state of a checkpoint and sets `run` to where it was; see `Trainer.restore`."""
-    store, number = choose(path, step)
+) -> Restored:
+    """Sets `run` to where a checkpoint was, or takes what fits of its model; see `Trainer.restore`."""
+    (store, number), current = choose(path, step), run.state
     if partial is not False:
         if current is None:
             raise RuntimeError("partial= fills in a state there is: call trainer.init(batch) first.")
         only = None if partial is True else (partial,) if isinstance(partial, str) else tuple(partial)
-        return restore_partly(engine, store, number, current, only)
+        run.state, restored = restore_partly(engine, store, number, current, only)
+        run.shown = False
+        return restored
     if current is None:
-        state = restore_built(engine, store, number)
+        run.state = restore_built(engine, store, number)
     else:
-        state = restore_state(engine, store, number, current)
+        run.state = restore_state(engine, store, number, current)
+    run.shown = False
     run.set_to(load_saved(store, number))
     run.forget_data()
-    names = tuple(name for name, _ in named_leaves(state))
-    return state, Restored(str(store.folder / str(number)), number, names)
+    names = tuple(name for name, _ in named_leaves(run.state))
+    return Restored(str(store.folder / str(number)), number, names)

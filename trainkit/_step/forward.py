@@ -87,6 +87,18 @@ class Forward:
         mapped = self._strategy.map_forward(forward)
         return mapped(variables, batch, or_all_real(mask, batch), step, rng)[0]
 
+    def applied(
+        self, fn: Callable[..., Any], variables: Variables, args: tuple[Any, ...], rng: jax.Array
+    ) -> Any:
+        """Returns `fn(bound module, *args)` with the batch axis bound, of size 1 where rows are mapped over it."""
+
+        def forward(variables: Any, *_: Any) -> Any:
+            return self._model.apply(fn, variables, rng, *args, train=False)[0], {}, {}
+
+        one_row, step = jnp.zeros((1,)), jnp.zeros((), jnp.int32)
+        result = self._strategy.map_forward(forward)(variables, one_row, all_real(one_row), step, rng)[0]
+        return jax.tree.map(lambda leaf: leaf[0], result) if self._sees_one_example else result
+
     @functools.cached_property
     def _sees_one_example(self) -> bool:
         return jax.eval_shape(self._strategy.example, jax.ShapeDtypeStruct((1,), bool)).ndim == 0

@@ -270,6 +270,18 @@ class Steps:
         state = with_typed_key(state, impl)
         return self._forward.predictions(state.variables, batch, mask, state.step, _step_key(state))
 
+    def applied(
+        self,
+        impl: str,
+        fn: Callable[..., Any],
+        state: TrainState,
+        args: tuple[Any, ...],
+        rng: jax.Array | None,
+    ) -> PyTree:
+        """Returns `fn(bound module, *args)`, not training; what it changes is dropped. `rng` is the step's if None."""
+        state = with_typed_key(state, impl)
+        return self._forward.applied(fn, state.variables, args, _step_key(state) if rng is None else rng)
+
     def eval_outputs(
         self, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> tuple[bool, dict[str, Any]]:

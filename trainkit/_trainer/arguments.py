@@ -1,17 +1,14 @@
 """The arguments of a trainer: refused early, with what was got, what is allowed and what to do. Owns no state."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import clu.metrics
 
 from trainkit._core.cadence import as_cadence
-from trainkit._core.position import Position
-from trainkit._engine.engine import Engine
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._log_metrics import LogMetrics
-from trainkit.data._source import Source, as_source
 from trainkit.parallel._mesh import Mesh
 from trainkit.parallel._per_example import PerExample
 from trainkit.parallel._pmap import Pmap
@@ -89,44 +86,6 @@ def check_length(epochs: int | None, steps: int | None) -> None:
     for name, value in (("epochs", epochs), ("steps", steps)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name}={value!r}: must be an int of at least 1.")
-
-
-def eval_sources(eval_data: Any) -> dict[str, Source]:
-    """Returns the evaluation sources by name."""
-    if eval_data is None:
-        return {}
-    if isinstance(eval_data, Mapping):
-        return {eval_name(name): as_source(data) for name, data in eval_data.items()}
-    return {"eval": as_source(eval_data)}
-
-
-def eval_name(name: Any) -> str:
-    """Returns `name`, refusing one that the log could not hold."""
-    if not isinstance(name, str) or not name or name == "train" or "/" in name:
-        raise ValueError(
-            f"eval_data has the name {name!r}; names are non-empty strings without '/', and not 'train'. "
-            "A mapping given as eval_data maps names to sources; wrap arrays in tk.data.Arrays."
-        )
-    return name
-
-
-def first_spec(source: Source) -> Any:
-    """Returns a batch of a training source, or its shapes and dtypes; None where to look at one would cost the fit."""
-    batch = next(iter(source.global_batches(0)), None) if source.seekable else None
-    return None if batch is None else batch.spec()
-
-
-def peek(engine: Engine, source: Source, position: Position) -> tuple[Any, Iterator[Any]]:
-    """Returns the first batch from where the data stand, and the iterator over the others."""
-    epoch = position.epoch - 1 if position.batch else position.epoch
-    batches = engine.batches(source, epoch, position.batch)
-    first = next(batches, None)
-    if first is None and position.batch:
-        position.batch = 0
-        return peek(engine, source, position)
-    if first is None:
-        raise ValueError("the training source is empty: it gave no batch. Give data with at least one.")
-    return first, batches
 
 
 _BY_NAME = {"jit": Mesh, "vmap": PerExample, "pmap": Pmap}

@@ -13,23 +13,19 @@ from trainkit._calls.calls import CallSettings
 from trainkit._core.cadence import Cadence, as_cadence
 from trainkit._core.history import History
 from trainkit._core.state import TrainState
-from trainkit._core.tree import copy_arrays
 from trainkit._core.typing import Batch, PyTree
 from trainkit._debug.diagnosis import Diagnosis
 from trainkit._debug.replay import Replay
-from trainkit._engine.compile_ahead import compile_ahead
-from trainkit._engine.compile_cache import kept_on_disk
-from trainkit._engine.cpu_settings import arena_is_shared, describe_allocator, set_up_cpu, switched_on
+from trainkit._engine.cpu_settings import describe_allocator, set_up_cpu, switched_on
 from trainkit._engine.engine import Engine
-from trainkit._loop.evaluate import evaluate, predict
-from trainkit._loop.interrupts import Interrupts
-from trainkit._loop.loop import Loop
+from trainkit._loop.fit import first_spec, fit
+from trainkit._loop.questions import Questions, eval_sources
 from trainkit._loop.request import Request
 from trainkit._loop.result import FitResult
-from trainkit._loop.run import Run, restore
+from trainkit._loop.run import FIT_INSTEAD, Run, restore
 from trainkit._models.linen import LinenModel
 from trainkit._models.precision import resolve_precision
-from trainkit._resume.restore import Restored, restore_state
+from trainkit._resume.restore import Restored
 from trainkit._step.forward import UserFunctions
 from trainkit._step.steps import Steps
 from trainkit._trainer.arguments import (
@@ -38,9 +34,6 @@ from trainkit._trainer.arguments import (
     check_length,
     check_metrics,
     check_steps_per_call,
-    eval_sources,
-    first_spec,
-    peek,
     resolve_strategy,
     with_defaults,
 )
@@ -49,12 +42,12 @@ from trainkit._trainer.summary import overview
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.checkpoint._store import Store
-from trainkit.data._batch import GlobalBatch
 from trainkit.data._source import as_source
 from trainkit.parallel._strategy import Strategy
-from trainkit.writers._logdir import local_folder, locked
-from trainkit.writers._open import open_writers
+from trainkit.writers._logdir import local_folder
 from trainkit.writers._writer import MetricWriter
+
+_NO_STATE = "there is no state yet: call trainer.init(batch) or trainer.fit(...) first."
 
 
 class Trainer(Overridable):
@@ -132,8 +125,6 @@ class Trainer(Overridable):
         self._keep_compiled = keep_compiled
         self._cpu_settings = cpu_settings and switched_on()
         self._settings = CallSettings(check_steps_per_call(steps_per_call), self._cpu_settings)
-        self._state: TrainState | None = None
-        self._shown = False
         check_metrics(self.metrics)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -152,20 +143,26 @@ class Trainer(Overridable):
     def state(self) -> TrainState:
         """The current train state; set it to continue from another one, e.g. one with loaded weights.
 
+        In a hook of a callback it is that of the moment: a copy, which no later step takes and which costs one;
+        `info.state` costs nothing and is valid during the call.
+
         Raises:
-            RuntimeError: there is none before `init` or the first `fit`.
+            RuntimeError: there is none before `init` or the first `fit`; or it is set while `fit` runs.
             TypeError: it is set to something else than a `TrainState`.
         """
-        if self._state is None:
-            raise RuntimeError("there is no state yet: call trainer.init(batch) or trainer.fit(...) first.")
-        self._shown = True
-        return self._state
+        state = self._run.show()
+        if state is None:
+            raise RuntimeError(_NO_STATE)
+        return state
 
     @state.setter
     def state(self, state: TrainState) -> None:
         if not isinstance(state, TrainState):
             raise TypeError(f"trainer.state must be a tk.TrainState, got {type(state).__name__}.")
-        self._state, self._shown = state, True
+        self._run.refuse_in_fit(
+            "state = ...", "return tk.Update(lambda state: state.replace(...)) from the hook instead"
+        )
+        self._run.state, self._run.shown = state, True
 
     @final
     @property
@@ -180,9 +177,10 @@ class Trainer(Overridable):
         Args:
             batch: leaves `[batch, ...]`, as `fit` will see them.
         """
+        self._run.refuse_in_fit("init", "return tk.Stop(reason) from the hook, and call it after the fit")
         if self._cpu_settings:
             set_up_cpu(self._engine.steps, lambda: batch)
-        self._state = self._engine.init(self._seed, batch)
+        self._run.state = self._engine.init(self._seed, batch)
         return self.state
 
     @final
@@ -220,6 +218,7 @@ class Trainer(Overridable):
                 checkpoint of another model; `resume` without a `Checkpoint`; another run writes to `logdir`.
             OSError: `logdir` can't be made or written to, or a checkpoint could not be saved.
         """
+        self._run.refuse_in_fit("fit", FIT_INSTEAD)
         check_length(epochs, steps)
         if eval_every is not None:
             as_cadence(eval_every, "eval_every")
@@ -236,77 +235,72 @@ class Trainer(Overridable):
             accumulate=self._accumulate,
             callbacks=self._callbacks,
             logdir=self._logdir,
+            seed=self._seed,
+            writers=self._writers,
+            stores=tuple(stores),
+            keep_compiled=self._keep_compiled,
         )
         if self._cpu_settings:
             set_up_cpu(self._engine.steps, lambda: first_spec(source))
-        interrupts = Interrupts(alone=self._strategy.processes == 1)
-        # The logs first: a folder that can't be written to is refused before anything compiles.
-        with (
-            interrupts.listening(),
-            locked(None if jax.process_index() else self._logdir),
-            open_writers(self._logdir, self._writers, self._run.history) as writer,
-            kept_on_disk(self._logdir if self._keep_compiled else None),
-        ):
-            found = self._run.find(stores, writer, self._steps_done)
-            saved = None if found is None else found[1]
-            first, batches = peek(self._engine, source, self._run.position)
-            if found is not None:
-                current = self._state or self._engine.init_spec(first)
-                self._state = restore_state(self._engine, found[0], found[1].step, current)
-                self._shown = False
-            if saved is not None and saved.fit > request.fit:
-                self._run.begin(saved)
-                # The run was in a later fit when it ended: this one is done.
-                return FitResult(
-                    state=self.state,
-                    step=saved.step,
-                    epoch=saved.epoch,
-                    seconds=0.0,
-                    stopped_by=None,
-                    history=self._run.history,
-                )
-            loop = Loop(
-                self._engine,
-                request,
-                state=self._begin(request, first),
-                first=first,
-                batches=batches,
-                position=self._run.position,
-                writer=writer,
-                history=self._run.history,
-                interrupts=interrupts,
-                resumed=saved,
-            )
-            self._run.begin(saved)
-            try:
-                return loop.run()
-            finally:
-                self._state, self._shown = loop.state, True
+        return fit(self._engine, self._run, request)
 
     @final
-    def evaluate(self, data: Any, *, weights: Literal["ema", "live"] = "ema") -> dict[str, Any]:
+    def evaluate(
+        self, data: Any, *, weights: Literal["averaged", "ema", "live"] = "averaged"
+    ) -> dict[str, Any]:
         """Returns the metrics over one pass of `data`, exact: each example counted once.
 
+        In a hook of a callback it looks at the state of that moment, as `predict` and `apply` do.
+
         Args:
-            data: as for `fit`.
-            weights: "ema" for the averaged weights where a callback keeps an average, "live" for the current ones.
+            data: as for `fit`; or a mapping of names to sources, which gives `<name>/<metric>`.
+            weights: "averaged" (or "ema") for the averaged weights where a callback keeps an average, "live" for
+                the current ones.
 
         Returns:
             Floats by name, NumPy arrays for metrics that are not scalars.
+
+        Raises:
+            RuntimeError: there is no state yet, or `fit` runs in another thread.
         """
-        metrics = evaluate(self._engine, self._weights(weights), as_source(data))
-        assert metrics is not None  # nothing interrupts it here
-        return metrics
+        return self._asked("evaluate").evaluate(data, weights=weights)
 
     @final
-    def predict(self, data: Any, *, weights: Literal["ema", "live"] = "ema") -> PyTree:
+    def predict(self, data: Any, *, weights: Literal["averaged", "ema", "live"] = "averaged") -> PyTree:
         """Returns what `predict_step` gives for each example of `data`, in order, as NumPy arrays.
 
         Args:
             data: as for `fit`.
             weights: as for `evaluate`.
+
+        Raises:
+            RuntimeError: as for `evaluate`.
         """
-        return predict(self._engine, self._weights(weights), as_source(data))
+        return self._asked("predict").predict(data, weights=weights)
+
+    @final
+    def apply(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        weights: Literal["averaged", "ema", "live"] = "averaged",
+        rng: jax.Array | int | None = None,
+    ) -> PyTree:
+        """Returns what `fn(model, *args)` gives, on the devices; compiled once, and kept by `fn`.
+
+        It runs in the scope of the bound module as `loss` does, but not training: what it changes is dropped.
+
+        Args:
+            fn: e.g. `lambda model, z: model.decode(z)`; define it once, not anew for each call.
+            *args: trees of arrays and numbers.
+            weights: as for `evaluate`.
+            rng: a key or an int, of all streams of the module; by default that of the step.
+
+        Raises:
+            RuntimeError: as for `evaluate`.
+            TypeError: `fn` is no function, or `args` hold something else.
+        """
+        return self._asked("apply").apply(fn, *args, weights=weights, rng=rng)
 
     @final
     def restore(
@@ -336,9 +330,28 @@ class Trainer(Overridable):
             ValueError: it is damaged, or of another model; the message lists paths, shapes and dtypes.
             RuntimeError: `partial`, and the trainer has no state.
         """
-        self._state, restored = restore(self._engine, self._run, self._state, path, step, partial)
-        self._shown = False
-        return restored
+        self._run.refuse_in_fit(
+            "restore",
+            "return tk.Rollback(reason) from the hook to go back to the newest checkpoint, or tk.Stop",
+        )
+        return restore(self._engine, self._run, path, step, partial)
+
+    @final
+    def reset(self, seed: int | None = None) -> None:
+        """Makes the trainer as new, with what was compiled kept: for folds, repetitions, sweeps.
+
+        State, history and the place in the data are gone, and callbacks begin afresh. Files that were written stay:
+        give each run a trainer, or a `logdir`, of its own where they matter.
+
+        Args:
+            seed: int, of the run to come; None keeps that of the trainer.
+
+        Raises:
+            RuntimeError: `fit` runs.
+        """
+        self._run.refuse_in_fit("reset", "return tk.Stop(reason) from the hook, and call it after the fit")
+        self._run = Run()
+        self._seed = self._seed if seed is None else seed
 
     @final
     def replay(self, step: int, *, data: Any = None, jit: bool = True) -> Diagnosis:
@@ -366,7 +379,7 @@ class Trainer(Overridable):
         data = self._run.data if data is None else data
         source = None if data is None else as_source(data)
         return Replay(self._engine, self._logdir, store, source, self._accumulate).run(
-            step, self._state, jit=jit
+            step, self._run.current("replay"), jit=jit
         )
 
     @final
@@ -377,16 +390,16 @@ class Trainer(Overridable):
             "steps per call": self._engine.describe_calls(),
             **({"allocator": describe_allocator()} if jax.default_backend() == "cpu" else {}),
         }
-        return overview(self.state, settings)
+        return overview(self._current("summary"), settings)
 
     # Wiring ---------------------------------------------------------------------------------------------------
 
     @final
     def _exportable(
-        self, weights: Literal["ema", "live"]
+        self, weights: Literal["averaged", "ema", "live"]
     ) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:
         """What `tk.export` takes: a pure function of `(arrays, batch)` that predicts, and its arrays."""
-        return self._engine.prediction(self._weights(weights))
+        return self._engine.prediction(self._asked("state").weighted(weights))
 
     @final
     @functools.cached_property
@@ -413,34 +426,21 @@ class Trainer(Overridable):
             steps, self._strategy, self.metrics, scaled=self._precision.scaled, settings=self._settings
         )
 
-    @property
-    def _steps_done(self) -> int:
-        return 0 if self._state is None else int(self._state.step)
-
     def _checkpoints(self) -> list[Store]:
         keepers = [callback for callback in self._callbacks if isinstance(callback, Checkpoint)]
         if not keepers:
             raise ValueError("resume=True needs checkpoints: add tk.callbacks.Checkpoint() to the callbacks.")
         return [Store(keeper.folder(self._logdir)) for keeper in keepers]
 
-    def _begin(self, request: Request, first: Batch | GlobalBatch) -> TrainState:
-        if self._state is None:
-            one_device = self._strategy.takes_host_batches and not isinstance(first, GlobalBatch)
-            # Threads that compile stand in each other's way where they share one arena of the allocator.
-            if one_device and self._accumulate == 1 and not arena_is_shared():
-                rows = request.source.batch_size or 0
-                compile_ahead(self._engine, request.source, first, rows, request.evaluations)
-            self._state = self._engine.init(self._seed, first)
-            self._shown = False
-        # The step takes the buffers of its state: what the user may still hold is left whole.
-        state = copy_arrays(self.state) if self._shown else self._state
-        assert state is not None
-        return self._engine.complete(state, self._seed)
+    def _current(self, what: str) -> TrainState:
+        state = self._run.current(what)
+        if state is None:
+            raise RuntimeError(_NO_STATE)
+        return state
 
-    def _weights(self, weights: str) -> TrainState:
-        if weights not in ("ema", "live"):
-            raise ValueError(f"weights={weights!r}: the choices are 'ema' and 'live'.")
-        return self._engine.averaged(self.state) if weights == "ema" else self.state
+    def _asked(self, what: str) -> Questions:
+        state = self._current(what)
+        return Questions(self._engine, lambda: state, self._run.timed)
 
 
 _FINAL = frozenset(

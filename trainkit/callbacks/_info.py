@@ -3,10 +3,13 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
+
+import jax
 
 from trainkit._core.history import History
 from trainkit._core.state import TrainState
+from trainkit._core.typing import PyTree
 from trainkit.writers._writer import MetricWriter
 
 
@@ -29,13 +32,26 @@ class Plan:
     eval_names: tuple[str, ...] = ()
 
 
+class Asked(Protocol):
+    """What answers the questions of a hook, for the state of the moment."""
+
+    def evaluate(self, data: Any, *, weights: str) -> dict[str, Any]: ...
+
+    def predict(self, data: Any, *, weights: str) -> PyTree: ...
+
+    def apply(
+        self, fn: Callable[..., Any], *args: Any, weights: str, rng: jax.Array | int | None
+    ) -> PyTree: ...
+
+
 class Info:
-    """What a hook of a callback is told. Read-only; `state` is valid during the call only.
+    """What a hook of a callback is told. Read-only; `state` and the questions are valid during the call only.
 
     Args:
         state: returns the train state.
         metrics: returns the metrics of this moment.
         direction: says which way a metric improves.
+        asked: answers questions about the state; None where nothing can.
 
     Attributes:
         step: updates completed.
@@ -57,6 +73,7 @@ class Info:
     _state: Callable[[], TrainState] | None
     _metrics: Callable[[], Mapping[str, Any]]
     _direction: Callable[[str], str | None]
+    _asked: Asked | None
 
     def __init__(
         self,
@@ -71,6 +88,7 @@ class Info:
         plan: Plan,
         seconds: float,
         direction: Callable[[str], str | None],
+        asked: Asked | None = None,
     ) -> None:
         # Past __setattr__, which refuses.
         self.__dict__.update(
@@ -84,6 +102,7 @@ class Info:
             _state=state,
             _metrics=metrics,
             _direction=direction,
+            _asked=asked,
         )
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -121,6 +140,63 @@ class Info:
         """Returns "min" or "max" where a registered metric says which is better under that name, else None."""
         return self._direction(name)
 
+    def evaluate(self, data: Any, *, weights: str = "averaged") -> dict[str, Any]:
+        """Returns the metrics of the state of this moment over one pass of `data`, as `Trainer.evaluate` does.
+
+        Args:
+            data: a source, or a mapping of names to sources, which gives `<name>/<metric>`.
+            weights: "averaged" (or "ema") for the averaged weights where a callback keeps an average, "live" for
+                the current ones.
+
+        Raises:
+            RuntimeError: the call of the hook is over.
+        """
+        return self._answers("evaluate").evaluate(data, weights=weights)
+
+    def predict(self, data: Any, *, weights: str = "averaged") -> PyTree:
+        """Returns what `predict_step` gives with the state of this moment for each example, as NumPy arrays.
+
+        Args:
+            data: a source.
+            weights: as for `evaluate`.
+
+        Raises:
+            RuntimeError: the call of the hook is over.
+        """
+        return self._answers("predict").predict(data, weights=weights)
+
+    def apply(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        weights: str = "averaged",
+        rng: jax.Array | int | None = None,
+    ) -> PyTree:
+        """Returns what `fn(model, *args)` gives with the state of this moment, on the devices.
+
+        It runs in the scope of the bound module as `loss` does, but not training: what it changes is dropped. It is
+        compiled once and kept by `fn`, so define `fn` outside of the hook.
+
+        Args:
+            fn: e.g. `lambda model, z: model.decode(z)`.
+            *args: trees of arrays and numbers.
+            weights: as for `evaluate`.
+            rng: a key or an int, of all streams of the module; by default that of the step.
+
+        Raises:
+            RuntimeError: the call of the hook is over.
+            TypeError: `fn` is no function, or `args` hold something else.
+        """
+        return self._answers("apply").apply(fn, *args, weights=weights, rng=rng)
+
     def expire(self) -> None:
-        """Ends the validity of `state`; the loop calls this after the hook."""
-        self.__dict__["_state"] = None
+        """Ends the validity of `state` and of the questions; the loop calls this after the hook."""
+        self.__dict__["_state"] = self.__dict__["_asked"] = None
+
+    def _answers(self, question: str) -> Asked:
+        if self._asked is None:
+            raise RuntimeError(
+                f"info.{question} answers only during the hook it was given to; ask there, or trainer.{question} "
+                "after the fit."
+            )
+        return self._asked

@@ -1,0 +1,135 @@
+"""One fit from its request to its result: what is opened around it, and the state it begins with.
+
+Owns the way in and out; what happens in between is the loop's.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from trainkit._core.position import Position
+from trainkit._core.state import TrainState
+from trainkit._core.tree import copy_arrays
+from trainkit._core.typing import Batch
+from trainkit._engine.compile_ahead import compile_ahead
+from trainkit._engine.compile_cache import kept_on_disk
+from trainkit._engine.cpu_settings import arena_is_shared
+from trainkit._engine.engine import Engine
+from trainkit._loop.interrupts import Interrupts
+from trainkit._loop.loop import Loop
+from trainkit._loop.request import Request
+from trainkit._loop.result import FitResult
+from trainkit._loop.run import Ongoing, Run
+from trainkit._resume.restore import restore_state
+from trainkit._resume.saved import Saved
+from trainkit.data._batch import GlobalBatch
+from trainkit.data._source import Source
+from trainkit.writers._logdir import locked
+from trainkit.writers._open import open_writers
+from trainkit.writers._writer import MetricWriter
+
+
+def fit(engine: Engine, run: Run, request: Request) -> FitResult:
+    """Trains as `request` says and returns what came of it; `run` then stands where that ended.
+
+    Args:
+        engine: of the trainer.
+        run: its run.
+        request: what the fit was asked.
+    """
+    interrupts = Interrupts(alone=engine.strategy.processes == 1)
+    # The logs first: a folder that can't be written to is refused before anything compiles.
+    with (
+        run.fitting() as ongoing,
+        ongoing.watch.noting_compilation(),
+        interrupts.listening(),
+        locked(None if jax.process_index() else request.logdir),
+        open_writers(request.logdir, request.writers, run.history) as writer,
+        kept_on_disk(request.logdir if request.keep_compiled else None),
+    ):
+        return _fit(engine, run, request, writer, interrupts, ongoing)
+
+
+def _fit(
+    engine: Engine,
+    run: Run,
+    request: Request,
+    writer: MetricWriter,
+    interrupts: Interrupts,
+    ongoing: Ongoing,
+) -> FitResult:
+    found = run.find(request.stores, writer)
+    saved = None if found is None else found[1]
+    first, batches = peek(engine, request.source, run.position)
+    if found is not None:
+        current = run.state or engine.init_spec(first)
+        run.state, run.shown = restore_state(engine, found[0], found[1].step, current), False
+    if saved is not None and saved.fit > request.fit:
+        run.begin(saved)
+        return _done_before(run, saved)
+    loop = Loop(
+        engine,
+        request,
+        state=_state_to_train(engine, run, request, first),
+        first=first,
+        batches=batches,
+        position=run.position,
+        writer=writer,
+        history=run.history,
+        interrupts=interrupts,
+        watch=ongoing.watch,
+        resumed=saved,
+    )
+    run.begin(saved)
+    ongoing.standing = loop.standing
+    try:
+        return loop.run()
+    finally:
+        run.state, run.shown = loop.standing.state, True
+
+
+def _done_before(run: Run, saved: Saved) -> FitResult:
+    """Returns the result of a fit after which the run was in a later one when it ended."""
+    assert run.state is not None
+    run.shown = True
+    return FitResult(
+        state=run.state,
+        step=saved.step,
+        epoch=saved.epoch,
+        seconds=0.0,
+        stopped_by=None,
+        history=run.history,
+    )
+
+
+def _state_to_train(engine: Engine, run: Run, request: Request, first: Batch | GlobalBatch) -> TrainState:
+    if run.state is None:
+        one_device = engine.strategy.takes_host_batches and not isinstance(first, GlobalBatch)
+        # Threads that compile stand in each other's way where they share one arena of the allocator.
+        if one_device and request.accumulate == 1 and not arena_is_shared():
+            rows = request.source.batch_size or 0
+            compile_ahead(engine, request.source, first, rows, request.evaluations)
+        run.state, run.shown = engine.init(request.seed, first), False
+    # The step takes the buffers of its state: what the user may still hold is left whole.
+    state = copy_arrays(run.state) if run.shown else run.state
+    return engine.complete(state, request.seed)
+
+
+def first_spec(source: Source) -> Any:
+    """Returns a batch of a training source, or its shapes and dtypes; None where to look at one would cost the fit."""
+    batch = next(iter(source.global_batches(0)), None) if source.seekable else None
+    return None if batch is None else batch.spec()
+
+
+def peek(engine: Engine, source: Source, position: Position) -> tuple[Any, Iterator[Any]]:
+    """Returns the first batch from where the data stand, and the iterator over the others."""
+    epoch = position.epoch - 1 if position.batch else position.epoch
+    batches = engine.batches(source, epoch, position.batch)
+    first = next(batches, None)
+    if first is None and position.batch:
+        position.batch = 0
+        return peek(engine, source, position)
+    if first is None:
+        raise ValueError("the training source is empty: it gave no batch. Give data with at least one.")
+    return first, batches

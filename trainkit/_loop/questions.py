@@ -1,0 +1,99 @@
+"""What may be asked of a train state at any moment: evaluations, predictions, functions of the model.
+
+Owns the choice of weights; not the passes, nor whose state it is.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+
+from trainkit._core.state import TrainState
+from trainkit._core.typing import PyTree
+from trainkit._engine.engine import Engine
+from trainkit._loop.evaluate import evaluate, predict
+from trainkit.data._source import Source, as_source
+
+AVERAGED = ("averaged", "ema")
+"""The names of the averaged weights."""
+
+
+class Questions:
+    """Answers for the state of the moment.
+
+    Args:
+        engine: of the trainer.
+        state: returns the train state; nothing that it returned is kept.
+        timed: counts what happens within for a part of the fit.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        state: Callable[[], TrainState],
+        timed: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        self._engine, self._state, self._timed = engine, state, timed
+
+    def evaluate(self, data: Any, *, weights: str = "averaged") -> dict[str, Any]:
+        """Returns the metrics over one pass; of several sources by name, `<name>/<metric>`."""
+        sources = eval_sources(data) if is_named(data) else {"": as_source(data)}
+        with self._timed("eval"):
+            state, found = self.weighted(weights), {}
+            for name, source in sources.items():
+                metrics = evaluate(self._engine, state, source)
+                assert metrics is not None  # nothing interrupts it here
+                found |= {f"{name}/{metric}" if name else metric: value for metric, value in metrics.items()}
+        return found
+
+    def predict(self, data: Any, *, weights: str = "averaged") -> PyTree:
+        """Returns what `predict_step` gives for each example, in order, as NumPy arrays."""
+        source = as_source(data)
+        with self._timed("eval"):
+            return predict(self._engine, self.weighted(weights), source)
+
+    def apply(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        weights: str = "averaged",
+        rng: jax.Array | int | None = None,
+    ) -> PyTree:
+        """Returns what `fn(bound module, *args)` gives, on the devices."""
+        with self._timed("eval"):
+            return self._engine.applied(self.weighted(weights), fn, args, rng)
+
+    def weighted(self, weights: str) -> TrainState:
+        """Returns the state with the weights of that name in place."""
+        if weights in AVERAGED:
+            return self._engine.averaged(self._state())
+        if weights != "live":
+            raise ValueError(
+                f"weights={weights!r}: the choices are 'averaged' (or 'ema', its other name) and 'live'."
+            )
+        return self._state()
+
+
+def is_named(data: Any) -> bool:
+    """Says whether `data` are sources by name, and not one batch."""
+    return isinstance(data, Mapping) and not all(hasattr(value, "shape") for value in data.values())
+
+
+def eval_sources(eval_data: Any) -> dict[str, Source]:
+    """Returns the evaluation sources by name."""
+    if eval_data is None:
+        return {}
+    if isinstance(eval_data, Mapping):
+        return {eval_name(name): as_source(data) for name, data in eval_data.items()}
+    return {"eval": as_source(eval_data)}
+
+
+def eval_name(name: Any) -> str:
+    """Returns `name`, refusing one that the log could not hold."""
+    if not isinstance(name, str) or not name or name == "train" or "/" in name:
+        raise ValueError(
+            f"eval_data has the name {name!r}; names are non-empty strings without '/', and not 'train'. "
+            "A mapping given as eval_data maps names to sources; wrap arrays in tk.data.Arrays."
+        )
+    return name
