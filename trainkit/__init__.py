@@ -12,6 +12,7 @@ from trainkit._core.context import StepContext
 from trainkit._core.errors import NonFiniteError
 from trainkit._core.history import History
 from trainkit._core.state import TrainState
+from trainkit._core.weighted import Weighted
 from trainkit._loop.result import FitResult
 from trainkit._trainer.trainer import Trainer
 from trainkit._version import __version__
@@ -35,6 +36,7 @@ __all__ = [
     "TrainState",
     "Trainer",
     "Update",
+    "Weighted",
     "__version__",
     "callbacks",
     "checkpoint",

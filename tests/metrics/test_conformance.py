@@ -11,7 +11,9 @@ import pytest
 from trainkit.metrics import (
     F1,
     ROCAUC,
+    Accuracy,
     ConfusionMatrix,
+    Mean,
     Perplexity,
     Precision,
     Recall,
@@ -30,6 +32,22 @@ REGISTRY = {
     "perplexity of tokens": (
         Perplexity.from_outputs("token_losses", "token_mask"),
         ("token_losses", "token_mask"),
+    ),
+    "weighted perplexity of tokens": (
+        Perplexity.from_outputs("token_losses", weights="token_weights"),
+        ("token_losses", "token_weights"),
+    ),
+    "mean": (Mean, ("loss",)),
+    "mean of tokens": (Mean.from_output("token_losses"), ("token_losses",)),
+    "weighted mean": (Mean.from_output("loss", weights="weight"), ("loss", "weight")),
+    "weighted mean of tokens": (
+        Mean.from_output("token_losses", weights="token_weights"),
+        ("token_losses", "token_weights"),
+    ),
+    "accuracy of tokens": (Accuracy, ("token_logits as logits", "token_labels as labels")),
+    "weighted accuracy of tokens": (
+        Accuracy.with_weights("token_weights"),
+        ("token_logits as logits", "token_labels as labels", "token_weights"),
     ),
     "top 2": (TopKAccuracy.with_k(2), ("logits", "labels")),
     "top 5": (TopKAccuracy, ("logits", "labels")),
@@ -55,6 +73,8 @@ def everything(rows, seed=0):
     return {
         "loss": draw.gamma(2.0, size=rows).astype(np.float32),
         "token_losses": draw.gamma(2.0, size=(rows, time)).astype(np.float32),
+        "weight": draw.integers(4, size=rows).astype(np.float32),
+        "token_weights": draw.integers(4, size=(rows, time)).astype(np.float32),
         "token_mask": draw.random((rows, time)) < 0.7,
         "logits": draw.normal(size=(rows, CLASSES)).astype(np.float32),
         "labels": draw.integers(CLASSES, size=rows).astype(np.int32),

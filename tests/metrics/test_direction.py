@@ -4,7 +4,16 @@ import clu.metrics
 import flax
 import pytest
 
-from trainkit.metrics import ROCAUC, Accumulator, Perplexity, Std, TopKAccuracy, register_direction
+from trainkit.metrics import (
+    ROCAUC,
+    Accumulator,
+    Accuracy,
+    Mean,
+    Perplexity,
+    Std,
+    TopKAccuracy,
+    register_direction,
+)
 
 
 def test_directions_follow_from_the_class_or_from_the_loss():
@@ -14,6 +23,9 @@ def test_directions_follow_from_the_class_or_from_the_loss():
 
     collection = clu.metrics.Collection.create(
         accuracy=clu.metrics.Accuracy,
+        weighted=Accuracy.with_weights("w"),
+        mean=Mean.from_output("loss"),
+        other=Mean.from_output("norm"),
         top=TopKAccuracy.with_k(3),
         auc=ROCAUC,
         ppl=Perplexity.from_outputs("nll"),
@@ -27,6 +39,9 @@ def test_directions_follow_from_the_class_or_from_the_loss():
     directions = {name: accumulator.direction(name) for name in accumulator.names}
     assert directions == {
         "accuracy": "max",
+        "weighted": "max",
+        "mean": "min",
+        "other": None,
         "top": "max",
         "auc": "max",
         "ppl": "min",

@@ -5,7 +5,19 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from trainkit.metrics import F1, ConfusionMatrix, Perplexity, Precision, Recall, Std, TopKAccuracy
+from trainkit.metrics import (
+    F1,
+    Accumulator,
+    Accuracy,
+    ConfusionMatrix,
+    Mean,
+    Perplexity,
+    Precision,
+    Recall,
+    Std,
+    TopKAccuracy,
+    means,
+)
 
 
 def classification(rows=200, classes=6, seed=0):
@@ -171,3 +183,56 @@ def test_confusion_matrix_must_know_its_classes():
         ConfusionMatrix.empty()
     with pytest.raises(ValueError, match=r"ConfusionMatrix\.of\(3\) got logits of 4 classes.*of\(4\)"):
         ConfusionMatrix.of(3).from_model_output(logits=jnp.ones((2, 4)), labels=jnp.zeros(2, jnp.int32))
+
+
+@pytest.mark.parametrize("size", [20, 7, 1])
+def test_weighted_metrics_are_those_of_numpy_and_scikit_learn(size):
+    draw = np.random.default_rng(0)
+    logits, labels = draw.normal(size=(20, 3, 5)).astype(np.float32), draw.integers(5, size=(20, 3))
+    weights = draw.integers(3, size=(20, 3)).astype(np.float32)
+    values, mask = np.where(weights, logits[..., 0], np.nan), np.arange(20) < 17
+    mean, accuracy = Mean.from_output("values", weights="w"), Accuracy.with_weights("w")
+    found = mean.empty(), accuracy.empty()
+    for start in range(0, 20, size):
+        rows = slice(start, start + size)
+        batch = {"logits": logits[rows], "labels": labels[rows].astype(np.int32), "w": weights[rows]}
+        given = {**batch, "values": values[rows], "mask": mask[rows]}
+        found = [one.merge(type(one).from_model_output(**given)) for one in found]
+    kept = weights[mask].reshape(-1)
+    np.testing.assert_allclose(
+        found[0].compute(), np.average(logits[mask][..., 0].reshape(-1), weights=kept), rtol=1e-5
+    )
+    expected = sklearn.metrics.accuracy_score(
+        labels[mask].reshape(-1), logits.argmax(-1)[mask].reshape(-1), sample_weight=kept
+    )
+    np.testing.assert_allclose(found[1].compute(), expected, rtol=1e-6)
+
+
+def test_the_mean_of_a_scalar_output_counts_real_rows():
+    mean = Mean.from_output("temperature")
+    full = mean.from_model_output(temperature=jnp.float32(1), mask=jnp.ones(4, bool))
+    padded = mean.from_model_output(temperature=jnp.float32(4), mask=jnp.arange(4) < 2)
+    np.testing.assert_allclose(full.merge(padded).compute(), (4 * 1 + 2 * 4) / 6, rtol=1e-6)
+
+
+def test_weights_of_another_shape_are_refused_with_the_cure():
+    mean = Mean.from_output("losses", weights="weight")
+    with pytest.raises(ValueError, match=r"\[4\] and the values \[4, 2\].*output of their own"):
+        mean.from_model_output(losses=jnp.ones((4, 2)), weight=jnp.ones(4))
+
+
+def test_means_is_a_collection_of_the_loss_and_of_outputs():
+    accumulator = Accumulator(means("kl", "length", weights="w"))
+    outputs = {
+        "loss": jnp.array([1.0, 3.0]),
+        "kl": jnp.array([1.0, 5.0]),
+        "length": jnp.array([2, 4]),
+        "w": jnp.array([3.0, 1.0]),
+        "mask": jnp.array([True, True]),
+    }
+    accumulator.specify(**outputs)
+    found = accumulator.compute(accumulator.merge([accumulator.update(accumulator.empty(), **outputs)]))
+    assert found == {"loss": 2.0, "kl": 2.0, "length": 2.5}
+    assert accumulator.direction("loss") == "min"
+    with pytest.raises(ValueError, match="'kl' twice"):
+        means("kl", "kl")

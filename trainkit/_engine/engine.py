@@ -349,9 +349,9 @@ class Engine:
         feed: Feed,
     ) -> Prepared:
         impl = key_impl(state)
-        key = (kind, impl, repr(signature(traits.outputs)))
+        key = (kind, impl, repr(signature(traits.outputs)), str(traits.weighted))
         if key not in self._prepared:
-            accumulator = Accumulator(self._collections[kind])
+            accumulator = Accumulator(self._collections[kind], weighted=traits.weighted)
             accumulator.specify(**traits.outputs)
             pure = functools.partial(step, accumulator, impl)
             run = compiled(pure)

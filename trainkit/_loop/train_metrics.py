@@ -119,8 +119,9 @@ class Reader:
             return NO_METRICS
 
         def compute() -> dict[str, Any]:
-            values = merge.accumulator.compute(merge(segments, merged))
-            return {f"train/{name}": value for name, value in values.items()}
+            found = merge(segments, merged)
+            values, without = merge.accumulator.compute(found), merge.accumulator.weightless(found)
+            return {f"train/{name}": value for name, value in values.items() if name not in without}
 
         return Window(compute)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from trainkit._core.state import TrainState
 from trainkit._core.tree import describe, differences, path_name, signature
+from trainkit._core.weighted import Weighted
 
 _RESERVED = ("loss", "mask")
 
@@ -53,8 +54,8 @@ def explained_shapes(batch: Any, *, one_example: bool) -> Iterator[None]:
         raise
 
 
-def check_loss_result(result: object) -> tuple[jax.Array, dict[str, Any]]:
-    """Returns what `loss` returned as losses and outputs.
+def check_loss_result(result: object) -> tuple[Any, dict[str, Any]]:
+    """Returns what `loss` returned as losses, an array or `Weighted`, and outputs.
 
     Raises:
         TypeError: it is not a pair of float losses and a mapping of arrays.
@@ -63,9 +64,23 @@ def check_loss_result(result: object) -> tuple[jax.Array, dict[str, Any]]:
     if not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(
             f"loss returned {kind_of(result)}; it must return (losses, outputs): one loss per example, shape "
-            "[batch], or a scalar, and a mapping for the metrics, e.g. return losses, {'logits': logits}."
+            "[batch], tk.Weighted(losses, weights), or a scalar, and a mapping for the metrics, e.g. "
+            "return losses, {'logits': logits}."
         )
     losses, outputs = result
+    reserved = (*_RESERVED, "weight") if isinstance(losses, Weighted) else _RESERVED
+    losses = _weighted(losses) if isinstance(losses, Weighted) else _plain(losses)
+    check_outputs("loss", outputs)
+    taken = [name for name in reserved if name in outputs]
+    if taken:
+        raise ValueError(
+            f"loss returned outputs named {taken}; trainkit adds {', '.join(reserved)} itself. Rename yours, e.g. "
+            "'token_mask'."
+        )
+    return losses, dict(outputs)
+
+
+def _plain(losses: object) -> jax.Array:
     if not hasattr(losses, "dtype") and not isinstance(losses, float):
         raise TypeError(
             f"loss returned losses of type {kind_of(losses)}; they must be a float array: one loss per "
@@ -77,13 +92,29 @@ def check_loss_result(result: object) -> tuple[jax.Array, dict[str, Any]]:
             f"loss returned losses of dtype {losses.dtype}; gradients need a float dtype. Use operations "
             "that keep floats, or losses.astype(jnp.float32)."
         )
-    check_outputs("loss", outputs)
-    taken = [name for name in _RESERVED if name in outputs]
-    if taken:
-        raise ValueError(
-            f"loss returned outputs named {taken}; trainkit adds loss and mask itself. Rename yours, e.g. 'token_mask'."
+    return losses
+
+
+def _weighted(weighted: Weighted) -> Weighted:
+    """Returns weighted losses in one float dtype, of float32 at least."""
+    for part, value in (("losses", weighted.losses), ("weights", weighted.weights)):
+        if not hasattr(value, "dtype") and not isinstance(value, (bool, int, float)):
+            raise TypeError(
+                f"loss returned tk.Weighted with {part} of type {kind_of(value)}; they must be an array."
+            )
+    losses, weights = _plain(weighted.losses), jnp.asarray(weighted.weights)
+    if weights.dtype != jnp.bool_ and not jnp.isdtype(weights.dtype, ("integral", "real floating")):
+        raise TypeError(
+            f"loss returned tk.Weighted with weights of dtype {weights.dtype}; they must be real or bool."
         )
-    return losses, dict(outputs)
+    if losses.shape != weights.shape:
+        raise ValueError(
+            f"loss returned tk.Weighted with losses of shape {list(losses.shape)} and weights of shape "
+            f"{list(weights.shape)}; both must have one shape, [batch, ...]. One weight for each loss: "
+            "jnp.broadcast_to(weights, losses.shape) where several share it, or average the losses that share one."
+        )
+    dtype = jnp.promote_types(losses.dtype, jnp.float32)
+    return Weighted(losses.astype(dtype), jax.lax.stop_gradient(weights).astype(dtype))
 
 
 def check_step_result(result: object) -> tuple[TrainState, dict[str, Any]]:
@@ -124,26 +155,36 @@ def check_carried(old: TrainState, new: TrainState, after: Callable[[], TrainSta
     )
 
 
-def check_losses(losses: jax.Array, rows: int, *, one_example: bool) -> None:
-    """Refuses losses that are neither `[rows]` nor a scalar.
+def check_losses(losses: jax.Array | Weighted, rows: int, *, one_example: bool) -> None:
+    """Refuses losses that are neither `[rows]` nor a scalar, and weighted ones that are not `[rows, ...]`.
 
     Args:
         losses: of the whole batch.
         rows: of the batch.
         one_example: whether the loss was called with one example at a time.
     """
+    if isinstance(losses, Weighted):
+        if losses.losses.shape[:1] != (rows,):
+            raise ValueError(
+                f"loss returned tk.Weighted of shape {list(losses.losses.shape)} for a batch of {rows}; allowed is "
+                f"[{rows}, ...], the losses of each example in its row. A batch that is one unit, such as a graph, is "
+                "declared by batch_axis = None on the trainer."
+            )
+        return
     if losses.ndim == 0 or losses.shape == (rows,):
         return
     if one_example:
         raise ValueError(
             f"loss returned losses of shape {list(losses.shape[1:])} for one example; under strategy='vmap' it is "
             "called with ONE example, without a batch dimension, and returns a scalar. Sum or average the other axes, "
-            "e.g. losses.mean(); a loss written for the whole batch runs under strategy='jit'."
+            "e.g. losses.mean(), or return tk.Weighted(losses, weights); a loss written for the whole batch runs "
+            "under strategy='jit'."
         )
     raise ValueError(
         f"loss returned losses of shape {list(losses.shape)} for a batch of {rows}; allowed are [{rows}], one per "
-        "example, and a scalar. Sum or average the other axes, e.g. losses.mean(axis=-1); a loss written for ONE "
-        "example runs under strategy='vmap' and returns a scalar there."
+        "example, and a scalar. Sum or average the other axes, e.g. losses.mean(axis=-1), or return "
+        "tk.Weighted(losses, weights) for a mean over all of them; a loss written for ONE example runs under "
+        "strategy='vmap' and returns a scalar there."
     )
 
 

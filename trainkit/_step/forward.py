@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from trainkit._core.context import StepContext
-from trainkit._core.typing import Batch, Outputs, PyTree, Variables
+from trainkit._core.typing import Batch, PyTree, Variables
+from trainkit._core.weighted import Weighted
 from trainkit._models.model import Model
 from trainkit._step.checks import check_loss_result, check_losses, explained_shapes
 from trainkit.parallel._strategy import Strategy
@@ -32,6 +33,9 @@ class UserFunctions:
 class Forward:
     """Runs the user's functions in the scope of the model, over all rows of a batch.
 
+    Attributes:
+        weighted: whether the losses were `Weighted` where they were last traced.
+
     Args:
         model: binds the module.
         strategy: maps a function of one example, or of one replica's rows, over the batch.
@@ -43,6 +47,7 @@ class Forward:
         self, model: Model, strategy: Strategy, user: UserFunctions, remat: bool | Callable[..., bool]
     ) -> None:
         self._model, self._strategy, self._user, self._remat = model, strategy, user, remat
+        self.weighted = False
 
     def variables(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
         """Returns the variables that one call of the loss creates."""
@@ -59,14 +64,18 @@ class Forward:
         rng: jax.Array,
         *,
         train: bool,
-    ) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
-        """Returns the losses of a batch, `[batch]` or a scalar, the outputs, and the collections that changed."""
+    ) -> tuple[jax.Array | Weighted, dict[str, Any], dict[str, Any]]:
+        """Returns the losses of a batch, the outputs, and the collections that changed.
+
+        The losses are `[batch]`, a scalar, or `Weighted` ones `[batch, ...]`.
+        """
         forward = self._strategy.map_forward(functools.partial(self._loss, train))
         if train and self._remat:
             policy = self._remat if callable(self._remat) else None
             forward = jax.checkpoint(forward, policy=policy)
         losses, outputs, updated = forward(variables, batch, or_all_real(mask, batch), step, rng)
         check_losses(losses, batch_rows(batch), one_example=self._sees_one_example)
+        self.weighted = isinstance(losses, Weighted)
         return losses, outputs, updated
 
     def predictions(
@@ -118,13 +127,6 @@ class Forward:
         with explained_shapes(batch, one_example=self._sees_one_example):
             result = self._user.loss(module, batch, ctx)
         return check_loss_result(result)
-
-
-def for_metrics(losses: jax.Array, outputs: Outputs, batch: Batch, mask: jax.Array | None) -> dict[str, Any]:
-    """Returns what the metrics of a batch are given: the outputs, with `loss` and `mask`, both `[batch]`."""
-    # A scalar loss counts once per example, so that means over batches of unequal size are exact.
-    rows = jnp.broadcast_to(losses, (batch_rows(batch),)) if losses.ndim == 0 else losses
-    return {**outputs, "loss": rows, "mask": or_all_real(mask, batch)}
 
 
 def batch_rows(batch: Batch) -> int:

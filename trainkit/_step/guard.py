@@ -57,6 +57,33 @@ def settle(
     return jax.lax.platform_dependent(keep, new, refused, cpu=in_place, default=select)
 
 
+def unless_weightless(
+    hooks: tuple[StepHook, ...],
+    weight: jax.Array,
+    values: StepValues,
+    new: TrainState,
+    keep: jax.Array | None,
+) -> tuple[TrainState, jax.Array]:
+    """Returns `new` and `keep` as `settle` takes them, such that a step without weight moves nothing.
+
+    Args:
+        hooks: of the step.
+        weight: `float[]`, the sum of the weights of its losses.
+        values: what the hooks were told.
+        new: the state after the update and the hooks.
+        keep: `bool[]`, what the hooks decided; None where none has a say.
+    """
+    before = values.before
+    assert before is not None  # the step always tells
+    some = weight != 0
+    memory = {
+        hook.name: (new.hooks[hook.name], before.hooks[hook.name]) for hook in hooks if hook.admit is not None
+    }
+    # Of a refused update these remember; nothing was asked of them here.
+    memory = {name: select(some, *both) for name, both in memory.items()}
+    return new.replace(hooks={**new.hooks, **memory}), some if keep is None else keep & some
+
+
 def _bytes(state: TrainState) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 

@@ -23,11 +23,13 @@ class Traits(NamedTuple):
     Attributes:
         per_example: whether the loss comes one per example, so that padding is exact.
         outputs: shapes and dtypes of what goes to the metrics.
+        weighted: whether `loss` and `weight` among them are those of weighted losses.
         light: whether an evaluation step is over sooner than the host can call it, and as well in a loop.
     """
 
     per_example: bool
     outputs: dict[str, Any]
+    weighted: bool = False
     light: bool = False
 
 
@@ -44,7 +46,9 @@ def inspect_train(steps: Steps, strategy: Strategy, state: TrainState, batch: Ba
 
     def run(state: TrainState, batch: Batch) -> TrainState:
         done = steps.attempt_one(state, batch)
-        found["traits"] = Traits(done.per_example, shapes(done.outputs[0]))
+        found["traits"] = Traits(
+            done.per_example, shapes(done.outputs[0]), steps.is_weighted(done.outputs[0])
+        )
         return done.state
 
     new_state = _abstractly(run, strategy, state, batch)[1]
@@ -59,7 +63,7 @@ def inspect_eval(steps: Steps, strategy: Strategy, state: TrainState, batch: Bat
 
     def run(state: TrainState, batch: Batch) -> Any:
         per_example, outputs = steps.eval_outputs(state, batch, None)
-        found["traits"] = Traits(per_example, shapes(outputs))
+        found["traits"] = Traits(per_example, shapes(outputs), steps.is_weighted(outputs))
         return state.step
 
     jaxpr = _abstractly(run, strategy, state, batch)[0]

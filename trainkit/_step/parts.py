@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from trainkit._core.state import TrainState
 from trainkit._core.typing import Batch, PyTree
+from trainkit._core.weighted import Weighted
 from trainkit.hooks._hook import StepValues
 
 Apply = Callable[[TrainState], TrainState]
@@ -23,15 +24,17 @@ class Pass(NamedTuple):
     """One pass forward and back over one batch of a step.
 
     Attributes:
-        loss: `float32[]`, its share of the mean loss over the real examples of the step.
-        losses: `[batch]` or a scalar.
+        loss: `float32[]`, its share of the mean loss over the real examples of the step; its own where it is weighted.
+        weight: `float32[]`, the sum of its weights; None where the losses have none.
+        losses: `[batch]`, a scalar, or weighted.
         outputs: of the loss.
         updated: the collections it changed.
         grads: of `loss`.
     """
 
     loss: jax.Array
-    losses: jax.Array
+    weight: jax.Array | None
+    losses: jax.Array | Weighted
     outputs: dict[str, Any]
     updated: dict[str, Any]
     grads: PyTree
@@ -44,6 +47,7 @@ class Updated:
     Attributes:
         state: after it.
         loss: `float32[]`, mean over the real examples; None where an overridden `train_step` gave none.
+        weight: `float32[]`, the sum of the weights; None where the losses have none. Without weight nothing moves.
         grads: of `loss`; None where `train_step` is overridden.
         model_state: the collections after it; None where `train_step` is overridden.
         outputs: for the metrics, one mapping per batch of the step.
@@ -52,6 +56,7 @@ class Updated:
 
     state: TrainState
     loss: jax.Array | None
+    weight: jax.Array | None
     grads: PyTree
     model_state: dict[str, Any] | None
     outputs: list[dict[str, Any]]

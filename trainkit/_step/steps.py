@@ -11,11 +11,13 @@ import optax
 from trainkit._core.state import TrainState, key_of, with_raw_key, with_typed_key
 from trainkit._core.tree import select
 from trainkit._core.typing import Batch, Outputs, PyTree, Variables
+from trainkit._core.weighted import Weighted
 from trainkit._models.model import Model
 from trainkit._models.precision import Precision
 from trainkit._step.checks import check_outputs, check_step_result
-from trainkit._step.forward import Forward, UserFunctions, all_real, batch_rows, for_metrics, or_all_real
-from trainkit._step.guard import settle
+from trainkit._step.forward import Forward, UserFunctions, all_real, batch_rows, or_all_real
+from trainkit._step.guard import settle, unless_weightless
+from trainkit._step.losses import for_metrics, mean_share, of_all, quotient
 from trainkit._step.parts import Apply, Parts, Pass, Updated
 from trainkit._step.trace import TraceLog
 from trainkit.hooks._hook import StepHook, admitted, init_hooks, update_hooks
@@ -111,9 +113,12 @@ class Steps:
             merged = self._merge_metrics(accumulator, merged, outputs)
         keep = admitted(self._hooks, new_state.hooks, values)
         if keep is not None:
+            merged = select(keep, merged, packed)
+        if done.weight is not None:
+            new_state, keep = unless_weightless(self._hooks, done.weight, values, new_state, keep)
+        if keep is not None:
             again, one_device = self._again(done), self._strategy.takes_host_batches
             new_state = settle(self._hooks, keep, values, new_state, again, one_device=one_device)
-            merged = select(keep, merged, packed)
         return with_raw_key(new_state), merged
 
     def attempt(self, state: TrainState, batch: Batch, mask: jax.Array | None) -> Updated:
@@ -143,7 +148,10 @@ class Steps:
     def default_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """What `Trainer.train_step` does unless it is overridden: every row of `batch` is real."""
         done = self._update(state, ((batch, None),))
-        return done.state, done.outputs[0]
+        new_state = done.state
+        if done.weight is not None:
+            new_state = select(done.weight != 0, new_state, state.replace(step=new_state.step))
+        return new_state, done.outputs[0]
 
     def _step(self, state: TrainState, parts: Parts) -> Updated:
         if self._user.train_step is None:
@@ -152,11 +160,21 @@ class Steps:
         new_state, outputs = check_step_result(self._user.train_step(state, batch))
         loss = outputs.get("loss")
         if loss is not None:  # hooks are told the same on every replica
-            loss = self._strategy.sum(jnp.mean(jnp.asarray(loss))) / self._strategy.sum(1)
+            loss = self._mean_told(jnp.asarray(loss), outputs)
         # One call is one step of every log and cadence, however many optimizers moved in it.
         new_state = new_state.replace(step=state.step + 1)
         outputs = [{"mask": all_real(batch), **outputs}]
-        return Updated(new_state, loss, None, None, outputs, per_example=False)
+        return Updated(new_state, loss, None, None, None, outputs, per_example=False)
+
+    def _mean_told(self, loss: jax.Array, outputs: Outputs) -> jax.Array:
+        if not self.is_weighted(outputs):
+            return self._strategy.sum(loss.mean()) / self._strategy.sum(1)
+        mean, weight = quotient(Weighted(loss, outputs["weight"]), None)
+        return self._strategy.sum(of_all(weight, self._strategy.sum(weight), mean))
+
+    def is_weighted(self, outputs: Outputs) -> bool:
+        """Says whether `loss` and `weight` in the outputs of a step are those of weighted losses."""
+        return self._forward.weighted and {"loss", "weight"} <= outputs.keys()
 
     def _update(self, state: TrainState, parts: Parts) -> Updated:
         examples, model_state, passes = self._examples(parts), state.model_state, []
@@ -164,10 +182,9 @@ class Steps:
             key = _step_key(state) if self._accumulate == 1 else jax.random.fold_in(_step_key(state), index)
             passes.append(self._pass(state, model_state, batch, mask, key, examples))
             model_state = {**model_state, **passes[-1].updated}
-        shares = [(one.loss, one.grads) for one in passes]
-        loss, grads = self._strategy.sum(functools.reduce(functools.partial(jax.tree.map, jnp.add), shares))
+        loss, weight, grads = self._joined(passes)
         outputs = [
-            for_metrics(one.losses, one.outputs, batch, mask)
+            for_metrics(one.losses, one.outputs, mask, batch_rows(batch))
             for one, (batch, mask) in zip(passes, parts, strict=True)
         ]
         merged = self._strategy.merge_collections(model_state)
@@ -176,8 +193,19 @@ class Steps:
             grads = jax.tree.map(lambda grad: grad / scale.astype(grad.dtype), grads)
             seen = {"loss_scale": scale, "skipped_updates": (~all_finite(grads)).astype(jnp.float32)}
             outputs = [{**one, **seen} for one in outputs]
-        per_example = passes[0].losses.ndim == 1
-        return Updated(self._apply(state, grads, merged), loss, grads, merged, outputs, per_example)
+        new_state, per_example = self._apply(state, grads, merged), _per_example(passes[0].losses)
+        return Updated(new_state, loss, weight, grads, merged, outputs, per_example)
+
+    def _joined(self, passes: list[Pass]) -> tuple[jax.Array, jax.Array | None, PyTree]:
+        """Returns the loss of the step, the sum of its weights where it has any, and the gradient."""
+        shares = [(one.loss, one.grads) for one in passes]
+        weights = [one.weight for one in passes if one.weight is not None]
+        total = self._strategy.sum(functools.reduce(jnp.add, weights)) if weights else None
+        if total is not None and (len(passes) > 1 or self._strategy.replica_axis is not None):
+            shares = [of_all(weight, total, share) for weight, share in zip(weights, shares, strict=True)]
+        summed = functools.reduce(functools.partial(jax.tree.map, jnp.add), shares)
+        loss, grads = self._strategy.sum(summed)
+        return loss, total, grads
 
     def _apply(self, state: TrainState, grads: PyTree, model_state: dict[str, Any]) -> TrainState:
         new_state = state.apply_gradients(grads=grads, model_state=model_state)
@@ -209,11 +237,14 @@ class Steps:
             losses, outputs, updated = self._forward.losses(
                 variables, batch, mask, state.step, rng, train=True
             )
-            loss = _share(losses, mask, batch, examples)
-            return loss if scale is None else loss * scale, (loss, losses, outputs, updated)
+            if isinstance(losses, Weighted):
+                loss, weight = quotient(losses, mask)
+            else:
+                loss, weight = mean_share(losses, mask, batch_rows(batch), examples), None
+            return loss if scale is None else loss * scale, (loss, weight, losses, outputs, updated)
 
-        grads, (loss, losses, outputs, updated) = jax.grad(objective, has_aux=True)(state.params)
-        return Pass(loss, losses, outputs, updated, grads)
+        grads, (loss, weight, losses, outputs, updated) = jax.grad(objective, has_aux=True)(state.params)
+        return Pass(loss, weight, losses, outputs, updated, grads)
 
     def _examples(self, parts: Parts) -> jax.Array | None:
         """Returns the real examples of the whole step, None where it is one batch of one program."""
@@ -254,11 +285,11 @@ class Steps:
 
     def _eval_forward(
         self, state: TrainState, batch: Batch, mask: jax.Array | None
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    ) -> tuple[jax.Array | Weighted, dict[str, Any]]:
         losses, outputs, _ = self._forward.losses(
             state.variables, batch, mask, state.step, _step_key(state), train=False
         )
-        return losses, for_metrics(losses, outputs, batch, mask)
+        return losses, for_metrics(losses, outputs, mask, batch_rows(batch))
 
     def predict(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
         """Outputs of `predict_step` for one batch, leaves `[batch, ...]`."""
@@ -288,7 +319,7 @@ class Steps:
         """Returns whether the loss comes one per example, and one batch's outputs for the metrics."""
         if self._user.eval_step is None:
             losses, outputs = self._eval_forward(state, batch, mask)
-            return losses.ndim == 1, outputs
+            return _per_example(losses), outputs
         outputs = self._user.eval_step(state, batch)
         check_outputs("eval_step", outputs)
         return True, {**outputs, "mask": or_all_real(mask, batch)}
@@ -317,14 +348,5 @@ def _step_key(state: TrainState) -> jax.Array:
     return jax.random.fold_in(key_of(state), state.step)
 
 
-def _share(losses: jax.Array, mask: jax.Array | None, batch: Batch, examples: jax.Array | None) -> jax.Array:
-    """Returns the share of these losses in the mean over `examples`; the mean itself where that is None."""
-    if examples is not None:
-        count = batch_rows(batch) if losses.ndim == 0 else 1
-        kept = losses if mask is None or losses.ndim == 0 else jnp.where(mask, losses, 0)
-        return kept.sum() * count / examples.astype(losses.dtype)
-    if losses.ndim == 0:
-        return losses
-    if mask is None:
-        return losses.mean()
-    return jnp.where(mask, losses, 0).sum() / jnp.maximum(mask.sum(), 1).astype(losses.dtype)
+def _per_example(losses: jax.Array | Weighted) -> bool:
+    return isinstance(losses, Weighted) or losses.ndim == 1

@@ -9,6 +9,7 @@ import jax
 from trainkit._core.context import StepContext
 from trainkit._core.state import TrainState
 from trainkit._core.typing import Batch, Outputs, PyTree
+from trainkit._core.weighted import Weighted
 from trainkit._engine.engine import Engine
 from trainkit.metrics._accumulator import LossMetrics
 
@@ -24,7 +25,7 @@ class Overridable:
     def _engine(self) -> Engine:
         raise NotImplementedError
 
-    def loss(self, model: Any, batch: Batch, ctx: StepContext) -> tuple[jax.Array, Outputs]:
+    def loss(self, model: Any, batch: Batch, ctx: StepContext) -> tuple[jax.Array | Weighted, Outputs]:
         """Returns the losses of a batch and what the metrics are computed from. The one method you must write.
 
         The call runs inside the scope of the bound module: `model(x)`, `model.encode(x)`,
@@ -36,8 +37,9 @@ class Overridable:
             ctx: what is known of the step.
 
         Returns:
-            `losses`, float `[batch]` (or a scalar: then no batch is ever padded), and `outputs`, a mapping that
-            the metrics get as keyword arguments with `loss` `[batch]` and `mask` `bool[batch]`.
+            `losses`, float `[batch]`, or `tk.Weighted(losses, weights)` of any shape `[batch, ...]` (or a scalar: then
+            no batch is ever padded), and `outputs`, a mapping that the metrics get as keyword arguments with `loss`
+            `[batch]` and `mask` `bool[batch]`, and `weight` `[batch]` where the losses are weighted.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no loss. Define loss(self, model, batch, ctx) and return (losses, outputs), "

@@ -8,6 +8,7 @@ from trainkit.metrics._accumulator import Accumulator, LossMetrics
 from trainkit.metrics._collecting import Collecting, collecting
 from trainkit.metrics._confusion import F1, ConfusionMatrix, Precision, Recall
 from trainkit.metrics._direction import register_direction
+from trainkit.metrics._mean import Accuracy, Mean, means
 from trainkit.metrics._perplexity import Perplexity
 from trainkit.metrics._roc_auc import ROCAUC
 from trainkit.metrics._std import Std
@@ -15,10 +16,12 @@ from trainkit.metrics._top_k import TopKAccuracy
 
 __all__ = [
     "Accumulator",
+    "Accuracy",
     "Collecting",
     "ConfusionMatrix",
     "F1",
     "LossMetrics",
+    "Mean",
     "Perplexity",
     "Precision",
     "ROCAUC",
@@ -26,5 +29,6 @@ __all__ = [
     "Std",
     "TopKAccuracy",
     "collecting",
+    "means",
     "register_direction",
 ]

@@ -21,6 +21,7 @@ from trainkit._core.typing import Outputs
 from trainkit.metrics._checks import metric_classes, metric_spec
 from trainkit.metrics._collecting import Collecting
 from trainkit.metrics._direction import Direction, direction_of
+from trainkit.metrics._mean import is_weightless, of_weighted_loss
 from trainkit.metrics._packing import Packed, Packing
 
 Collected = dict[str, Any]
@@ -42,6 +43,7 @@ class Accumulator:
 
     Args:
         collection: subclass of `clu.metrics.Collection`.
+        weighted: whether the loss is a `tk.Weighted` one: its mean is then weighted by the output `weight`.
 
     Raises:
         TypeError: if the collection or one of its metrics can't be used, saying why.
@@ -57,9 +59,11 @@ class Accumulator:
         {'loss': 1.5}
     """
 
-    def __init__(self, collection: type[metrics.Collection]) -> None:
+    def __init__(self, collection: type[metrics.Collection], *, weighted: bool = False) -> None:
         self._collection = collection
         self._classes = metric_classes(collection)
+        if weighted:
+            self._classes = {name: of_weighted_loss(name, one) for name, one in self._classes.items()}
         self._collecting = {k: m for k, m in self._classes.items() if issubclass(m, metrics.CollectingMetric)}
         on_device = {name: metric for name, metric in self._classes.items() if name not in self._collecting}
         # CLU reads only a class's own annotations, so inherited metrics need a collection of their own too.
@@ -261,6 +265,10 @@ class Accumulator:
                 return _on_host({**merged.compute(), **dict.fromkeys(self._collecting, np.nan)}, self.names)
             parts = {**vars(merged), **{name: self._gathered(name, rows) for name in self._collecting}}
             return _on_host(self._collection(**parts).compute(), self.names)
+
+    def weightless(self, merged: metrics.Collection) -> set[str]:
+        """Returns the names of the weighted metrics that have seen no weight, and so have no value."""
+        return {name for name, metric in vars(merged).items() if is_weightless(metric)}
 
     def _gathered(self, name: str, rows: list[dict[str, np.ndarray]]) -> metrics.CollectingMetric:
         metric = self._collecting[name]

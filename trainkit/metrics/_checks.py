@@ -13,7 +13,7 @@ from clu import metrics
 
 from trainkit._core.tree import describe
 from trainkit._core.typing import Outputs
-from trainkit.metrics._direction import output_name
+from trainkit.metrics._inputs import output_name
 
 
 def metric_classes(collection: type[metrics.Collection]) -> dict[str, type[metrics.Metric]]:
@@ -128,6 +128,8 @@ def _explained(name: str, metric: type[metrics.Metric], outputs: Outputs, error:
     missing = _missing(error, outputs)
     if missing:
         remedy = f"Return it beside the losses, e.g. return losses, {{{missing[0]!r}: ...}}"
+        if missing == ["weight"]:
+            remedy = "It is there where loss returns tk.Weighted(losses, weights)"
         if metric in (metrics.Average, metrics.LastValue) or missing == ["values"]:
             remedy = f"Name the output that it takes: {metric.__name__}.from_output('loss')"
         return ValueError(

@@ -8,6 +8,8 @@ from typing import Literal
 from clu import metrics
 
 from trainkit.metrics._confusion import F1, Precision, Recall
+from trainkit.metrics._inputs import output_name
+from trainkit.metrics._mean import Accuracy
 from trainkit.metrics._perplexity import Perplexity
 from trainkit.metrics._roc_auc import ROCAUC
 from trainkit.metrics._top_k import TopKAccuracy
@@ -16,6 +18,7 @@ Direction = Literal["min", "max"]
 
 _DIRECTIONS: dict[type[metrics.Metric], Direction] = {
     metrics.Accuracy: "max",
+    Accuracy: "max",
     TopKAccuracy: "max",
     ROCAUC: "max",
     Precision: "max",
@@ -44,19 +47,6 @@ def register_direction(metric: type[metrics.Metric], direction: Direction) -> No
         raise ValueError(f"{metric.__name__} is registered as {_DIRECTIONS[metric]!r} already.")
 
 
-def output_name(metric: type[metrics.Metric]) -> str | None:
-    """Returns the name given to `from_output`, or None for a metric made in another way."""
-    method = metric.from_model_output.__func__
-    if method.__module__ != "clu.metrics" or not method.__qualname__.startswith("Metric.from_output."):
-        return None
-    try:
-        # CLU keeps the name in a closure; the missing key is the one place that tells it.
-        metric.from_model_output()
-    except KeyError as error:
-        return error.args[0]
-    return None
-
-
 def direction_of(metric: type[metrics.Metric], name: str) -> Direction | None:
     """Returns which way a metric improves, or None if nothing says so.
 
@@ -73,4 +63,6 @@ def direction_of(metric: type[metrics.Metric], name: str) -> Direction | None:
         if base in _DIRECTIONS:
             return _DIRECTIONS[base]
     is_mean = issubclass(metric, (metrics.Average, metrics.LastValue))
-    return "min" if is_mean and "loss" in (name, output_name(metric)) else None
+    return (
+        "min" if is_mean and "loss" in (name, output_name(metric), getattr(metric, "output", None)) else None
+    )

@@ -1,10 +1,11 @@
-"""Checks and broadcasts what metrics are given: masks, labels and logits.
+"""What metrics are given: which output, and the checking and broadcasting of masks, labels and logits.
 
 Owns nothing but these rules. What a metric does with the values is the metric's own affair.
 """
 
 import jax
 import jax.numpy as jnp
+from clu import metrics
 
 
 def broadcast_mask(values: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -57,3 +58,16 @@ def check_classification(logits: jax.Array, labels: jax.Array) -> None:
             f"Labels must have the logits' shape without the last axis: got labels {list(labels.shape)} and "
             f"logits {list(logits.shape)}. Turn one-hot labels into indices with labels.argmax(-1)."
         )
+
+
+def output_name(metric: type[metrics.Metric]) -> str | None:
+    """Returns the name given to `from_output`, or None for a metric made in another way."""
+    method = metric.from_model_output.__func__
+    if method.__module__ != "clu.metrics" or not method.__qualname__.startswith("Metric.from_output."):
+        return None
+    try:
+        # CLU keeps the name in a closure; the missing key is the one place that tells it.
+        metric.from_model_output()
+    except KeyError as error:
+        return error.args[0]
+    return None

@@ -29,7 +29,7 @@ class Perplexity(metrics.Metric):
 
     Args:
         total: float `[]`, sum of the losses.
-        count: int `[]`, number of tokens.
+        count: `[]`, int number of tokens, or the float sum of their weights.
 
     Example:
         >>> import jax.numpy as jnp
@@ -40,28 +40,34 @@ class Perplexity(metrics.Metric):
 
     losses: ClassVar[str] = "loss"
     token_mask: ClassVar[str | None] = None
+    weights: ClassVar[str | None] = None
 
     total: jax.Array
     count: jax.Array
 
     @classmethod
-    def from_outputs(cls, losses: str, token_mask: str | None = None) -> type[Self]:
+    def from_outputs(
+        cls, losses: str, token_mask: str | None = None, weights: str | None = None
+    ) -> type[Self]:
         """Returns the metric that reads other outputs.
 
         Args:
             losses: name of the output with the losses, float `[batch]` or `[batch, time]`.
             token_mask: name of the output with the mask over tokens, bool, of the losses' shape. A token
                 counts if this mask and the example's `mask` both say so.
+            weights: name of the output with weights of the losses, of their shape. The losses of a `tk.Weighted`
+                loss have theirs without being told.
 
         Returns:
             A metric class for a collection's annotation.
         """
-        return variant(cls, cls.__name__, losses=losses, token_mask=token_mask)
+        return variant(cls, cls.__name__, losses=losses, token_mask=token_mask, weights=weights)
 
     @classmethod
     def empty(cls) -> Self:
         """Returns the metric of no tokens at all."""
-        return cls(total=jnp.zeros((), jnp.float32), count=jnp.zeros((), jnp.int32))
+        dtype = jnp.int32 if cls.weights is None else jnp.float32
+        return cls(total=jnp.zeros((), jnp.float32), count=jnp.zeros((), dtype))
 
     @classmethod
     def from_model_output(cls, *, mask: jax.Array | None = None, **outputs: jax.Array) -> Self:
@@ -78,6 +84,11 @@ class Perplexity(metrics.Metric):
         if cls.token_mask is not None:
             keep &= broadcast_mask(losses, outputs[cls.token_mask])[1]
         losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+        if cls.weights is not None:
+            weights = jnp.asarray(outputs[cls.weights]).astype(losses.dtype).reshape(losses.shape)
+            keep &= weights != 0
+            weights = jnp.where(keep, weights, 0)
+            return cls(total=(jnp.where(keep, losses, 0) * weights).sum(), count=weights.sum())
         return cls(total=jnp.where(keep, losses, 0).sum(), count=keep.sum(dtype=jnp.int32))
 
     def merge(self, other: Self) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
