@@ -91,7 +91,8 @@ class Run:
     def __init__(
         self, watch: Watch, mode: Mode, streams: frozenset[str], fixed: frozenset[str], sown: frozenset[Path]
     ) -> None:
-        self._watch, self._mode = watch, mode
+        self._watch = watch
+        self._mode: Mode = mode
         self.streams, self.fixed, self.sown = streams, fixed, sown
         self.missed = False
         self._fresh: set[Path] = set()
