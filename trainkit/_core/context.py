@@ -11,8 +11,8 @@ class StepContext:
     Attributes:
         train: static `bool`; True in a training step, False in evaluation and prediction.
         step: `int32[]`, updates completed before this one.
-        rng: typed PRNG key `[]`, unique to this step: `fold_in(state.rng, step)`. The module draws its own
-            streams (`"dropout"` and any other) from the same key by the paths of its layers.
+        rng: typed PRNG key `[]`, unique to this step: `fold_in(state.rng, step)`. The module finds
+            it behind every stream it asks for, as in `apply(rngs={name: rng})`.
         mask: `bool[batch]`, False for rows that only pad the batch.
     """
 

@@ -10,12 +10,7 @@ import jax
 from trainkit._core.typing import Variables
 from trainkit._models.model import Model, ScopedFunction
 from trainkit._models.precision import Precision
-
-
-def _is_sown(collection: Any) -> bool:
-    """Says whether a collection made by `init` holds sown values: `sow` gathers them in tuples by default."""
-    leaves = jax.tree.leaves(collection, is_leaf=lambda node: isinstance(node, tuple))
-    return any(isinstance(leaf, tuple) for leaf in leaves)
+from trainkit._models.watch import Run, Watch, with_those_of, without
 
 
 class LinenModel(Model):
@@ -36,26 +31,37 @@ class LinenModel(Model):
             )
         if not isinstance(module, nn.Module):
             raise TypeError(f"model: expected a flax.linen.Module, got {type(module).__name__}.")
-        self.module, self._precision = module, precision
+        self.module, self._precision, self._watch = module, precision, Watch()
         self.apply_fn = module.apply
 
     def init(self, fn: ScopedFunction, rng: jax.Array, *args: Any) -> dict[str, Any]:
-        variables = nn.init(fn, self.module)(rng, *args)
-        return {name: value for name, value in variables.items() if name == "params" or not _is_sown(value)}
+        def attempt(run: Run) -> Any:
+            # What is sown is there to be read back, "intermediates" too, which init leaves out unless told.
+            return nn.init(run.marking(fn), self.module, mutable=True)(run.keys(rng), *args)
+
+        return without(self._watch.settle("init", frozenset(), attempt), self._watch.sown)
 
     def apply(
         self, fn: ScopedFunction, variables: Variables, rng: jax.Array, *args: Any, train: bool
     ) -> tuple[Any, dict[str, Any]]:
+        def attempt(run: Run) -> Any:
+            fixed = flax.core.DenyList(("params", *run.fixed))
+            apply = nn.apply(run.marking(fn), self.module, mutable=fixed)
+            return apply(without(variables, run.sown), *args, rngs=run.keys(rng))
+
         # In evaluation the state stays as it is, but what the loss reads back from `sow` must still be there.
-        fixed = ("params",) if train else tuple(variables)
-        run = nn.apply(fn, self.module, mutable=flax.core.DenyList(fixed))
+        kept = frozenset[str]() if train else frozenset(variables) - {"params"}
         if not self._precision.is_mixed:
-            result, updated = run(variables, *args, rngs=rng)
-            return result, dict(updated)
+            result, updated = self._watch.settle("train" if train else "eval", kept, attempt)
+            return result, self._carried(updated, variables)
         variables = {**variables, "params": self._precision.to_compute(variables["params"])}
         with nn.intercept_methods(_CastCalls(self._precision)):
-            result, updated = run(variables, *args, rngs=rng)
-        return result, dict(updated)
+            result, updated = self._watch.settle("train" if train else "eval", kept, attempt)
+        return result, self._carried(updated, variables)
+
+    def _carried(self, updated: Variables, variables: Variables) -> dict[str, Any]:
+        sown = self._watch.sown
+        return with_those_of(without(updated, sown), variables, sown)
 
 
 class _CastCalls:

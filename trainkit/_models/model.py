@@ -31,5 +31,5 @@ class Model(abc.ABC):
         """Runs `fn(bound module, *args)` on `variables`.
 
         Returns:
-            Its result, and the collections it changed: all but `params` when training, sown values else.
+            Its result, and the collections it may have changed, without values sown on the way.
         """
