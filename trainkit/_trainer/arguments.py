@@ -96,8 +96,8 @@ def eval_sources(eval_data: Any) -> dict[str, Source]:
     if eval_data is None:
         return {}
     if isinstance(eval_data, Mapping):
-        return {eval_name(name): as_source(data) for name, data in eval_data.items()}
-    return {"eval": as_source(eval_data)}
+        return {eval_name(name): as_source(data).in_order() for name, data in eval_data.items()}
+    return {"eval": as_source(eval_data).in_order()}
 
 
 def eval_name(name: Any) -> str:
