@@ -100,7 +100,7 @@ class Engine:
     def batches(self, source: Source, epoch: int, start: int = 0) -> Iterator[Any]:
         """Returns the batches of an epoch as a feed takes them: `GlobalBatch` where processes share the work."""
         if self.strategy.processes == 1:
-            return iter(source.batches(epoch, start))
+            return source.kept_batches(epoch, start)
         return iter(source.global_batches(epoch, start))
 
     def supply(self, source: Source) -> Supply:

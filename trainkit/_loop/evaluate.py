@@ -35,6 +35,7 @@ def evaluate(
         ValueError: the source is empty.
         RuntimeError: the examples counted on the devices are not those the source gave.
     """
+    source = source.in_order()
     first, batches = _peek(engine, source)
     prepared = engine.prepare_eval(state, source, first)
     state = with_raw_key(engine.evaluated(state))
@@ -67,7 +68,7 @@ def predict(engine: Engine, state: TrainState, source: Source) -> PyTree:
     Raises:
         ValueError: the source is empty, or an output has not one row per example.
     """
-    first, batches = _peek(engine, source)
+    first, batches = _peek(engine, source.in_order())
     step, feed = engine.prepare_predict(state, first)
     state = with_raw_key(state)
     rows = _Rows(engine)

@@ -38,7 +38,7 @@ class Questions:
 
     def evaluate(self, data: Any, *, weights: str = "averaged") -> dict[str, Any]:
         """Returns the metrics over one pass; of several sources by name, `<name>/<metric>`."""
-        sources = eval_sources(data) if is_named(data) else {"": as_source(data)}
+        sources = eval_sources(data) if is_named(data) else {"": as_source(data).in_order()}
         with self._timed("eval"):
             state, found = self.weighted(weights), {}
             for name, source in sources.items():
@@ -49,7 +49,7 @@ class Questions:
 
     def predict(self, data: Any, *, weights: str = "averaged") -> PyTree:
         """Returns what `predict_step` gives for each example, in order, as NumPy arrays."""
-        source = as_source(data)
+        source = as_source(data).in_order()
         with self._timed("eval"):
             return predict(self._engine, self.weighted(weights), source)
 
@@ -85,8 +85,8 @@ def eval_sources(eval_data: Any) -> dict[str, Source]:
     if eval_data is None:
         return {}
     if isinstance(eval_data, Mapping):
-        return {eval_name(name): as_source(data) for name, data in eval_data.items()}
-    return {"eval": as_source(eval_data)}
+        return {eval_name(name): as_source(data).in_order() for name, data in eval_data.items()}
+    return {"eval": as_source(eval_data).in_order()}
 
 
 def eval_name(name: Any) -> str:

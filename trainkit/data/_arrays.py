@@ -3,6 +3,7 @@
 Owns the order of the examples and the seeking in it. Does not place batches on devices nor pad them.
 """
 
+import copy
 import operator
 from collections.abc import Iterator
 from typing import Any, Self, final
@@ -90,6 +91,9 @@ class Arrays(Source):
         ValueError: the leading sizes differ, there is no example, labels are NaN, an option is out of range,
             or there is less than one batch and `drop_last` would leave it out.
 
+    An evaluation or a prediction sees every example once and in the order of the arrays, whatever `shuffle` and
+    `drop_last` are.
+
     Example:
         >>> import numpy as np
         >>> train = Arrays({"image": np.zeros((10, 8, 8)), "label": np.arange(10)}, batch_size=4)
@@ -120,17 +124,18 @@ class Arrays(Source):
         self.nbytes = sum(leaf.nbytes for leaf in self._leaves)
 
         rows = _at_least("batch_size", batch_size, 1)
-        full, rest = divmod(self.size, rows)
-        if self._drop_last and not full:
+        if self._drop_last and self.size < rows:
             raise ValueError(_too_short(self.size, rows, drop_last))
+        self._rows = self.batch_size = rows
+        self.seekable = self.keeps_batches = True
+        self._count()
+
+    def _count(self) -> None:
+        full, rest = divmod(self.size, self._rows)
         partial = rest > 0 and not self._drop_last
-        self._rows = rows
-        self._steps = full + partial
-        self.batch_size = rows
-        self.steps_per_epoch = self._steps
-        self.num_examples = self.size if partial else full * rows
+        self._steps = self.steps_per_epoch = full + partial
+        self.num_examples = self.size if partial else full * self._rows
         self.may_be_partial = partial
-        self.seekable = True
 
     def __len__(self) -> int:
         """Returns the number of batches of an epoch."""
@@ -140,6 +145,15 @@ class Arrays(Source):
     def tree(self) -> PyTree:
         """The arrays, NumPy leaves `[examples, ...]`."""
         return jax.tree_util.tree_unflatten(self._structure, self._leaves)
+
+    def in_order(self) -> "Arrays":
+        """Returns a source of the same arrays, neither shuffled nor shortened: what is evaluated and predicted."""
+        if not (self._shuffle or self._drop_last):
+            return self
+        ordered = copy.copy(self)
+        ordered._shuffle = ordered._drop_last = False
+        ordered._count()
+        return ordered
 
     def row_numbers(self, epoch: int, start: int = 0) -> RowNumbers:
         """Returns the same batches as the numbers of their examples."""

@@ -13,6 +13,9 @@ import numpy as np
 from trainkit._core.tree import named_leaves
 from trainkit._core.typing import Batch, PyTree
 
+# A large copy that lies where JAX on a CPU takes it as it is need not be copied again.
+_ALIGNMENT, _WORTH_ALIGNING = 64, 2**17
+
 
 def batch_size_of(batch: Batch) -> int:
     """Returns the number of rows of a batch: the leading size its leaves agree on, 0-d leaves aside.
@@ -87,6 +90,25 @@ def pad(batch: Batch, rows: int) -> Batch:
     if not 0 < real < rows:
         raise ValueError(f"Can't pad a batch of {real} rows to {rows}: it must have 1 to {rows} rows.")
     return jax.tree.map(lambda leaf: _pad_leaf(leaf, rows - real), batch)
+
+
+def owned(batch: Batch) -> Batch:
+    """Returns the batch with NumPy arrays in memory of their own, which nobody writes to.
+
+    JAX reads host arrays while later lines of Python run: it takes those that lie at a multiple of 64 bytes as they
+    are, and copies others of 100 KB and more in a thread.
+    """
+    return jax.tree.map(lambda leaf: _copied(leaf) if isinstance(leaf, np.ndarray) else leaf, batch)
+
+
+def _copied(leaf: np.ndarray) -> np.ndarray:
+    if leaf.nbytes < _WORTH_ALIGNING or leaf.dtype.hasobject:
+        return np.array(leaf)
+    memory = np.empty(leaf.nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    copy = np.ndarray(leaf.shape, leaf.dtype, memory, start)
+    copy[...] = leaf
+    return copy
 
 
 def mask(rows: int, real: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, final
 
 from trainkit._core.typing import Batch
+from trainkit.data._batch import owned
 
 _logger = logging.getLogger("trainkit")
 
@@ -21,9 +22,10 @@ _JOIN_SECONDS = 10.0
 def prefetch(iterator: Iterable[Batch], size: int, place: Callable[[Batch], Any] | None = None) -> "Prefetch":
     """Returns an iterator over the same batches in the same order, up to `size` of them read ahead.
 
-    It pays where a batch costs real time to make; for batches cut from memory a thread costs more than it
-    saves. An exception of the source is raised where its batch would have come. Close the result, or use it
-    as a context manager; that ends the thread, as do the end of the batches and any exception.
+    Batches are copied, so that a source may fill the same buffers again. It pays where a batch costs real time to
+    make; for batches cut from memory a thread costs more than it saves. An exception of the source is raised where
+    its batch would have come. Close the result, or use it as a context manager; that ends the thread, as
+    do the end of the batches and any exception.
 
     Args:
         iterator: the batches.
@@ -154,6 +156,8 @@ class _Reader:
             return not self._ended
 
     def _put(self, batch: Batch) -> None:
+        # The source may fill the same buffers with the next batch, while this one waits or is on its way.
+        batch = owned(batch)
         placed = batch if self._place is None else self._place(batch)
         with self._changed:
             if not self._ended:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, final, runtime_checkable
 
 from trainkit._core.typing import Batch, Clock
-from trainkit.data._batch import GlobalBatch, as_global, batch_size_of, check_batch
+from trainkit.data._batch import GlobalBatch, as_global, batch_size_of, check_batch, owned
 from trainkit.data._tensors import is_array, to_host
 
 _logger = logging.getLogger("trainkit")
@@ -37,6 +37,8 @@ class Source(abc.ABC):
         batch_size: rows in a full batch; None when unknown.
         may_be_partial: whether some batch can be smaller than the others.
         seekable: whether `batches(epoch, start)` reaches `start` without reading what lies before it.
+        keeps_batches: whether the arrays of a batch stay as they are once the next is asked for. False, the default,
+            lets a source fill the same buffers again and again: batches are then copied as they come.
 
     Example:
         >>> import numpy as np
@@ -54,6 +56,7 @@ class Source(abc.ABC):
     batch_size: int | None = None
     may_be_partial: bool = True
     seekable: bool = False
+    keeps_batches: bool = False
 
     @abc.abstractmethod
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -69,13 +72,28 @@ class Source(abc.ABC):
         """Returns an iterator over the same batches, read in part: what several processes ask for.
 
         By default each process reads every batch whole and keeps its rows. A source that can read less, as
-        `Arrays` does, overrides it.
+        `Arrays` does, overrides it; what its `read` returns nobody may write to.
 
         Args:
             epoch: as for `batches`.
             start: as for `batches`.
         """
-        return map(as_global, self.batches(epoch, start))
+        return map(as_global, self.kept_batches(epoch, start))
+
+    @final
+    def kept_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Returns an iterator over the same batches, each in memory that the source does not write to again.
+
+        Args:
+            epoch: as for `batches`.
+            start: as for `batches`.
+        """
+        batches = iter(self.batches(epoch, start))
+        return batches if self.keeps_batches else map(owned, batches)
+
+    def in_order(self) -> "Source":
+        """Returns the source as it is evaluated: every example once, in the order of the data; by default itself."""
+        return self
 
     def check_position(self, epoch: int, start: int) -> None:
         """Refuses a position that is negative or lies beyond the end of an epoch.
@@ -181,8 +199,10 @@ class _Indexed(Source):
         batch_size: int | None = None,
         num_examples: int | None = None,
         may_be_partial: bool = True,
+        keeps_batches: bool = False,
     ) -> None:
         self._fetch = fetch
+        self.keeps_batches = keeps_batches
         self.steps_per_epoch = steps
         self.batch_size = batch_size
         self.num_examples = num_examples
@@ -268,6 +288,7 @@ def _listed(data: Sequence[Any]) -> Source:
         batch_size=max(sizes),
         num_examples=sum(sizes),
         may_be_partial=min(sizes) < max(sizes),
+        keeps_batches=True,
     )
 
 

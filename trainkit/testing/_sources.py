@@ -5,21 +5,24 @@ from collections.abc import Callable
 
 from trainkit._core.tree import differences, signature
 from trainkit._core.typing import Batch
-from trainkit.data._batch import batch_size_of, check_batch
+from trainkit.data._batch import batch_size_of, check_batch, owned
 from trainkit.data._source import Source, as_source
-from trainkit.testing._promises import holds, promised, same_batches
+from trainkit.testing._promises import equal, holds, promised, same_batches
 
 # Batches read of a source that may be endless.
 _MOST = 32
 
 
-def check_source(make: Callable[[], Source]) -> None:
+def check_source(make: Callable[[], Source], *, may_reuse: bool = False) -> None:
     """Proves that a source yields what it says, and the same from every position.
 
-    At most 32 batches of an epoch are read.
+    At most 32 batches of an epoch are read. It finds sources that fill the same buffers with batch after batch. A
+    trainer takes these as well, and copies each batch first; other programs that gather batches do not.
 
     Args:
         make: returns a new source, or other data that a trainer takes; two of them hold the same.
+        may_reuse: whether the buffers of a batch may be filled again once the next is asked for; never where the
+            source says `keeps_batches`.
 
     Raises:
         AssertionError: a promise is broken; says which, and at which epoch and batch.
@@ -32,7 +35,7 @@ def check_source(make: Callable[[], Source]) -> None:
     epochs = []
     for epoch in (0, 1):
         with promised(f"batches({epoch}) yields batches of numbers with equal leading sizes"):
-            epochs.append(_read(source, epoch))
+            epochs.append(_read(source, epoch, reused=may_reuse and not source.keeps_batches))
         _check_facts(source, epoch, epochs[-1])
     other = as_source(make())
     for epoch, batches in enumerate(epochs):
@@ -40,19 +43,30 @@ def check_source(make: Callable[[], Source]) -> None:
         for start in range(len(batches) + 1):
             promise = f"batches({epoch}, start={start}) goes on as batches({epoch}) does from there"
             with promised(promise):
-                rest = list(itertools.islice(source.batches(epoch, start), len(batches) - start))
+                left = itertools.islice(source.batches(epoch, start), len(batches) - start)
+                rest = [owned(batch) for batch in left]
             same_batches(promise, rest, batches[start:])
     same_batches("epoch 0 is the same when it is asked for again", _read(source, 0), epochs[0])
     _check_together(source, epochs[0])
     _check_refused(source)
 
 
-def _read(source: Source, epoch: int) -> list[Batch]:
-    batches = list(itertools.islice(source.batches(epoch), _MOST))
-    for batch in batches:
+def _read(source: Source, epoch: int, *, reused: bool = True) -> list[Batch]:
+    copies: list[Batch] = []
+    given: Batch = None
+    for index, batch in enumerate(itertools.islice(source.batches(epoch), _MOST)):
+        if index and not reused:
+            equal(
+                f"a batch stays as it is once the next is asked for: batch {index - 1} of epoch {epoch} was "
+                "written over (yield arrays of its own for every batch, or check with may_reuse=True)",
+                given,
+                copies[-1],
+            )
         check_batch(batch)
         batch_size_of(batch)
-    return batches
+        given = batch
+        copies.append(owned(batch))
+    return copies
 
 
 def _check_facts(source: Source, epoch: int, batches: list[Batch]) -> None:
@@ -79,7 +93,7 @@ def _check_facts(source: Source, epoch: int, batches: list[Batch]) -> None:
 
 def _check_together(source: Source, batches: list[Batch]) -> None:
     # Evaluation may read a source in the middle of training on it.
-    first, second = source.batches(0), source.batches(0)
+    first, second = (map(owned, source.batches(0)) for _ in range(2))
     mixed = [batch for pair in zip(first, second, strict=False) for batch in pair][: 2 * len(batches)]
     expected = [batch for batch in batches for _ in range(2)]
     same_batches(
