@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 
-from tests.same import ROOT, as_hex, compare, differences, digest, write_tree
+from tests.helpers.same_runs import as_hex, digest
+from tests.same import ROOT, compare, differences, write_tree
 
 BASE = {
     "losses": [as_hex(np.float32(loss)) for loss in (0.7, 0.1, np.nan)],

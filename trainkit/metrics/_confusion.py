@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
-from trainkit.metrics._inputs import broadcast_mask, check_classification
+from trainkit.metrics._inputs import FromLogits, broadcast_mask
 from trainkit.metrics._variant import variant
 
 
 @flax.struct.dataclass
-class ConfusionMatrix(metrics.Metric):
+class ConfusionMatrix(FromLogits, metrics.Metric):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Counts of (label, prediction) pairs, the prediction being the argmax of the logits.
 
     `ConfusionMatrix.of(num_classes)` is the class to annotate. Rows are labels, columns predictions. Labels
@@ -62,43 +62,33 @@ class ConfusionMatrix(metrics.Metric):
         Raises:
             TypeError: if the number of classes was never given.
         """
+        classes = cls._told_classes()
+        return cls(matrix=jnp.zeros((classes, classes), jnp.int32))
+
+    @classmethod
+    def _told_classes(cls) -> int:
         if not cls.num_classes:
             raise TypeError(
                 f"{cls.__name__} must know its number of classes: use {cls.__name__}.of(num_classes)."
             )
-        return cls(matrix=jnp.zeros((cls.num_classes, cls.num_classes), jnp.int32))
+        return cls.num_classes
 
     @classmethod
-    def from_model_output(
-        cls, *, logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None, **_: object
-    ) -> Self:
-        """Returns the metric of one batch.
-
-        Args:
-            logits: float `[batch, ..., classes]`.
-            labels: integer `[batch, ...]`.
-            mask: bool `[batch]` or a longer leading part of the shape of `labels`.
-
-        Returns:
-            The counts of the unmasked pairs.
-
-        Raises:
-            TypeError: if the labels are not integers, or the number of classes was never given.
-            ValueError: if the shapes don't fit the number of classes.
-        """
-        zeros = cls.empty().matrix
-        check_classification(logits, labels)
-        if logits.shape[-1] != cls.num_classes:
+    def _check_classes(cls, logits: jax.Array) -> None:
+        if logits.shape[-1] != cls._told_classes():
             raise ValueError(
                 f"{cls.__name__}.of({cls.num_classes}) got logits of {logits.shape[-1]} classes, shape "
                 f"{list(logits.shape)}. Use {cls.__name__}.of({logits.shape[-1]})."
             )
+
+    @classmethod
+    def _of_batch(cls, logits: jax.Array, labels: jax.Array, mask: jax.Array | None) -> Self:
         labels, mask = broadcast_mask(labels.astype(jnp.int32), mask)
         predictions = logits.argmax(axis=-1).astype(jnp.int32).reshape(labels.shape)
         counted = mask & (labels >= 0) & (labels < cls.num_classes)
         # A pair that must not count is sent past the end, where the scatter drops it.
         rows = jnp.where(counted, labels, cls.num_classes)
-        return cls(matrix=zeros.at[rows, predictions].add(1, mode="drop"))
+        return cls(matrix=cls.empty().matrix.at[rows, predictions].add(1, mode="drop"))
 
     def merge(self, other: Self) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the counts of both sets of pairs; NumPy leaves stay NumPy."""

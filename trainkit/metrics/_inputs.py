@@ -3,6 +3,9 @@
 Owns nothing but these rules. What a metric does with the values is the metric's own affair.
 """
 
+import abc
+from typing import Self
+
 import jax
 import jax.numpy as jnp
 from clu import metrics
@@ -71,3 +74,39 @@ def output_name(metric: type[metrics.Metric]) -> str | None:
     except KeyError as error:
         return error.args[0]
     return None
+
+
+class FromLogits(abc.ABC):
+    """Makes a metric of logits and labels: checks them, then hands them to `_of_batch`. Before CLU's class in bases."""
+
+    @classmethod
+    def from_model_output(
+        cls, *, logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None, **_: object
+    ) -> Self:
+        """Returns the metric of one batch.
+
+        Args:
+            logits: float `[batch, ..., classes]`.
+            labels: integer `[batch, ...]`.
+            mask: bool `[batch]` or a longer leading part of the shape of `labels`.
+
+        Returns:
+            The metric of the unmasked labels.
+
+        Raises:
+            TypeError: if the labels are not integers, or the metric must be told the number of classes and was not.
+            ValueError: if the shapes don't fit each other, or the number of classes does not fit the metric.
+        """
+        check_classification(logits, labels)
+        cls._check_classes(logits)
+        return cls._of_batch(logits, labels, mask)
+
+    @classmethod
+    @abc.abstractmethod
+    def _check_classes(cls, logits: jax.Array) -> None:
+        """Refuses a number of classes that does not fit the metric."""
+
+    @classmethod
+    @abc.abstractmethod
+    def _of_batch(cls, logits: jax.Array, labels: jax.Array, mask: jax.Array | None) -> Self:
+        """Returns the metric of one batch that was checked."""

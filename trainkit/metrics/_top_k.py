@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from clu import metrics
 
-from trainkit.metrics._inputs import check_classification
+from trainkit.metrics._inputs import FromLogits
 from trainkit.metrics._variant import variant
 
 
 @flax.struct.dataclass
-class TopKAccuracy(metrics.Average):
+class TopKAccuracy(FromLogits, metrics.Average):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The share of examples whose label is among the k highest logits; k = 5 unless `with_k` says otherwise.
 
     Equal logits are ranked by class index, the lower first, as `argmax` and `jax.lax.top_k` do: a label tied
@@ -48,30 +48,17 @@ class TopKAccuracy(metrics.Average):
         return variant(cls, f"Top{k}Accuracy", k=k)
 
     @classmethod
-    def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, *, logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None, **_: object
-    ) -> Self:
-        """Returns the metric of one batch.
-
-        Args:
-            logits: float `[batch, ..., classes]`.
-            labels: integer `[batch, ...]`.
-            mask: bool `[batch]` or a longer leading part of the shape of `labels`.
-
-        Returns:
-            The number of hits and the number of labels.
-
-        Raises:
-            TypeError: if the labels are not integers.
-            ValueError: if the shapes don't fit, or there are fewer than k classes.
-        """
-        check_classification(logits, labels)
+    def _check_classes(cls, logits: jax.Array) -> None:
         classes = logits.shape[-1]
         if cls.k > classes:
             raise ValueError(
                 f"TopKAccuracy with k={cls.k} needs at least {cls.k} classes, the logits have {classes}. "
                 f"Choose a smaller k: TopKAccuracy.with_k({classes})."
             )
+
+    @classmethod
+    def _of_batch(cls, logits: jax.Array, labels: jax.Array, mask: jax.Array | None) -> Self:
+        classes = logits.shape[-1]
         index = jnp.arange(classes, dtype=jnp.int32).reshape((1,) * labels.ndim + (classes,))
         label = labels.astype(jnp.int32)[..., None]
         score = jnp.where(index == label, logits, 0).sum(axis=-1, keepdims=True)
@@ -79,5 +66,5 @@ class TopKAccuracy(metrics.Average):
         ahead = ~(logits <= score) | ((logits == score) & (index < label))
         known = (labels >= 0) & (labels < classes)
         hit = known & (ahead.sum(axis=-1, dtype=jnp.int32) < cls.k)
-        counts = super().from_model_output(hit.astype(jnp.float32), mask=mask)
+        counts = super(FromLogits, cls).from_model_output(hit.astype(jnp.float32), mask=mask)
         return counts  # pyright: ignore[reportReturnType]

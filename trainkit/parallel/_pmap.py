@@ -8,17 +8,15 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from trainkit._core.typing import Batch, Device, PyTree
-from trainkit.parallel._hosts import count_processes, own_rows, put, put_own
-from trainkit.parallel._strategy import Forward, Role, Strategy
-
-_STEPS_IN_FLIGHT = 32
+from trainkit.parallel._on_mesh import OnMesh
+from trainkit.parallel._strategy import Forward, Role
 
 
 @final
-class Pmap(Strategy):
+class Pmap(OnMesh):
     """One replica per device, each with its part of the batch and a key of its own.
 
     Gradients, losses and metrics are sums over the replicas, weighted by real examples; a scalar loss is taken for
@@ -39,25 +37,22 @@ class Pmap(Strategy):
     """
 
     def __init__(self, *, axis_name: str = "batch", devices: Sequence[Device] | None = None) -> None:
-        if devices is not None and not devices:
-            raise ValueError("devices=[] is empty; give at least one device, or None for all.")
+        super().__init__(devices)
         self.axis_name = axis_name
-        self._devices = None if devices is None else tuple(devices)
 
-    @functools.cached_property
-    def devices(self) -> tuple[Device, ...]:
-        """The devices; found at the first use, so that making a trainer touches no device."""
-        devices = self._devices or tuple(jax.devices())
+    def _make_mesh(self, devices: tuple[Device, ...]) -> jax.sharding.Mesh:
+        return jax.sharding.Mesh(np.asarray(devices), (self.axis_name,), axis_types=(AxisType.Auto,))
+
+    @property
+    def _batch_axes(self) -> tuple[str, ...]:
+        return (self.axis_name,)
+
+    def _check_devices(self, devices: tuple[Device, ...]) -> None:
         _check_equal_shares(devices)
-        return devices
 
     @property
     def shards(self) -> int:
         return len(self.devices)
-
-    @property
-    def in_flight(self) -> int | None:
-        return _STEPS_IN_FLIGHT
 
     @property
     def replica_axis(self) -> str | None:
@@ -92,7 +87,7 @@ class Pmap(Strategy):
             )
             # Replicas may differ until they are merged, which is what check_vma would refuse.
             mapped = jax.shard_map(
-                fn, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+                fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
             )
             return mapped(*args)
 
@@ -101,18 +96,11 @@ class Pmap(Strategy):
     def place(self, batch: Batch) -> Batch:
         rows = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf)}
         self._check_rows(rows)
-        return self._put(batch, jax.tree.map(self._rows_sharding, batch))
-
-    @property
-    def processes(self) -> int:
-        return self._processes
+        return super().place(batch)
 
     def own_rows(self, rows: int) -> slice:
         self._check_rows({rows})
-        return own_rows(self._divided, rows)
-
-    def place_own(self, batch: Batch, rows: int) -> Batch:
-        return put_own(batch, rows, lambda shape: self._divided if shape else self._whole)
+        return super().own_rows(rows)
 
     def _check_rows(self, rows: set[int]) -> None:
         uneven = [size for size in rows if size % self.shards]
@@ -123,9 +111,6 @@ class Pmap(Strategy):
                 f"divisible by {self.shards}, drop_last=True, or strategy='jit'."
             )
 
-    def replicate(self, tree: PyTree) -> PyTree:
-        return self._put(tree, self._whole)
-
     def lay_out(self, state: PyTree) -> PyTree:
         return self.replicate(state)
 
@@ -134,28 +119,6 @@ class Pmap(Strategy):
 
     def describe(self) -> str:
         return f"{self.shards} replicas on {self.devices[0].platform}"
-
-    @functools.cached_property
-    def _mesh(self) -> jax.sharding.Mesh:
-        return jax.sharding.Mesh(np.asarray(self.devices), (self.axis_name,), axis_types=(AxisType.Auto,))
-
-    @functools.cached_property
-    def _whole(self) -> NamedSharding:
-        return NamedSharding(self._mesh, PartitionSpec())
-
-    @functools.cached_property
-    def _divided(self) -> NamedSharding:
-        return NamedSharding(self._mesh, PartitionSpec(self.axis_name))
-
-    @functools.cached_property
-    def _processes(self) -> int:
-        return count_processes(self.devices)
-
-    def _put(self, tree: PyTree, shardings: PyTree) -> PyTree:
-        return jax.device_put(tree, shardings) if self._processes == 1 else put(tree, shardings)
-
-    def _rows_sharding(self, leaf: Any) -> NamedSharding:
-        return self._divided if np.ndim(leaf) else self._whole
 
     def _prefix(self, role: Role) -> PartitionSpec:
         return PartitionSpec(self.axis_name) if role is Role.ROWS else PartitionSpec()

@@ -1,4 +1,4 @@
-"""One program for all devices: what `Mesh` and `PerExample` share. Owns placement and compilation."""
+"""One program for all devices: what `Mesh` and `PerExample` share. Owns its compilation and the layout of states."""
 
 import abc
 import functools
@@ -6,20 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from trainkit._core.state import TrainState
 from trainkit._core.typing import Batch, Device, PyTree
-from trainkit.parallel._hosts import count_processes, own_rows, put, put_own
 from trainkit.parallel._layout import BATCH_AXES, Layout, Rules, check_axes, make_mesh
-from trainkit.parallel._strategy import Role, Strategy
-
-# Forced host devices deadlock when more collectives than threads are in flight.
-_STEPS_IN_FLIGHT = 32
+from trainkit.parallel._on_mesh import OnMesh
+from trainkit.parallel._strategy import Role
 
 
-class Spmd(Strategy, abc.ABC):
+class Spmd(OnMesh, abc.ABC):
     """A strategy in which one program spans a mesh of devices and XLA divides the work."""
 
     def __init__(
@@ -29,24 +25,19 @@ class Spmd(Strategy, abc.ABC):
         rules: Rules = (),
         devices: Sequence[Device] | None = None,
     ) -> None:
-        if devices is not None and not devices:
-            raise ValueError("devices=[] is empty; give at least one device, or None for all.")
+        super().__init__(devices)
         for name, size in sizes.items():
             if size is not None and (not isinstance(size, int) or size < 1):
                 raise ValueError(f"{name}={size!r}: must be an int of at least 1.")
         check_axes(rules)
         self._sizes, self._rules = dict(sizes), tuple(rules)
-        self._devices = None if devices is None else tuple(devices)
 
-    @functools.cached_property
-    def devices(self) -> tuple[Device, ...]:
-        """The devices of the mesh; found at the first use, so that making a trainer touches no device."""
-        return self._devices or tuple(jax.devices())
+    def _make_mesh(self, devices: tuple[Device, ...]) -> jax.sharding.Mesh:
+        return make_mesh(self._sizes, devices)
 
-    @functools.cached_property
-    def mesh(self) -> jax.sharding.Mesh:
-        """The mesh, with the axes `data`, `fsdp` and `tensor`."""
-        return make_mesh(self._sizes, self.devices)
+    @property
+    def _batch_axes(self) -> tuple[str, ...]:
+        return BATCH_AXES
 
     @property
     def shards(self) -> int:
@@ -55,7 +46,7 @@ class Spmd(Strategy, abc.ABC):
     @property
     def in_flight(self) -> int | None:
         # One CPU device limits itself.
-        return None if len(self.devices) == 1 and self.devices[0].platform == "cpu" else _STEPS_IN_FLIGHT
+        return None if len(self.devices) == 1 and self.devices[0].platform == "cpu" else super().in_flight
 
     @property
     def replica_axis(self) -> str | None:
@@ -86,26 +77,14 @@ class Spmd(Strategy, abc.ABC):
 
     def place(self, batch: Batch) -> Batch:
         # On the default device the call itself takes NumPy arrays in less time than device_put does.
-        if self._is_default_device:
-            return batch
-        return self._put(batch, jax.tree.map(self._rows_sharding, batch))
+        return batch if self._is_default_device else super().place(batch)
 
     @property
     def takes_host_batches(self) -> bool:
         return self._is_default_device
 
-    @property
-    def processes(self) -> int:
-        return self._processes
-
-    def own_rows(self, rows: int) -> slice:
-        return own_rows(self._sharding_of((rows,)), rows)
-
-    def place_own(self, batch: Batch, rows: int) -> Batch:
-        return put_own(batch, rows, self._sharding_of)
-
     def replicate(self, tree: PyTree) -> PyTree:
-        return jax.device_put(tree) if self._is_default_device else self._put(tree, self._whole)
+        return jax.device_put(tree) if self._is_default_device else super().replicate(tree)
 
     def lay_out(self, state: PyTree) -> PyTree:
         if self._is_default_device:
@@ -142,26 +121,8 @@ class Spmd(Strategy, abc.ABC):
         return Layout(self.mesh, self._rules)
 
     @functools.cached_property
-    def _whole(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec())
-
-    @functools.cached_property
-    def _divided(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
-
-    @functools.cached_property
     def _is_default_device(self) -> bool:
         return len(self.devices) == 1 and self.devices[0] == jax.local_devices()[0]
-
-    @functools.cached_property
-    def _processes(self) -> int:
-        return count_processes(self.devices)
-
-    def _put(self, tree: PyTree, shardings: PyTree) -> PyTree:
-        return jax.device_put(tree, shardings) if self._processes == 1 else put(tree, shardings)
-
-    def _rows_sharding(self, leaf: Any) -> NamedSharding:
-        return self._sharding_of(np.shape(leaf))
 
     def _sharding_of(self, shape: tuple[int, ...]) -> NamedSharding:
         # What does not divide is held whole by each device: the same numbers, at the price of the division.
