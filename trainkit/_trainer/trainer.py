@@ -50,7 +50,6 @@ from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.checkpoint._store import Store
 from trainkit.data._batch import GlobalBatch
-from trainkit.data._source import as_source
 from trainkit.parallel._strategy import Strategy
 from trainkit.writers._logdir import local_folder, locked
 from trainkit.writers._open import open_writers
@@ -60,7 +59,7 @@ from trainkit.writers._writer import MetricWriter
 class Trainer(Overridable):
     """Trains a Flax module. Subclass it and write `loss`.
 
-    The whole surface of a subclass is `loss`, `metrics`, and for full control `train_step`, `eval_step`,
+    The whole surface of a subclass is `loss`, `metrics`, `batch_axis`, and for full control `train_step`, `eval_step`,
     `predict_step` and `init_variables`; all else is final.
 
     Args:
@@ -123,7 +122,7 @@ class Trainer(Overridable):
             raise TypeError(f"tx={tx!r}: expected an optax transformation, e.g. optax.adam(1e-3).")
         self._tx = tx
         self._callbacks = with_defaults(check_callbacks(callbacks))
-        self._strategy = resolve_strategy(strategy)
+        self._strategy = resolve_strategy(strategy, self.batch_axis)
         self._seed, self._remat = seed, remat
         self._accumulate = check_accumulate(accumulate, own_step=self._overridden("train_step") is not None)
         self._logdir = None if logdir is None else local_folder(logdir)
@@ -223,7 +222,8 @@ class Trainer(Overridable):
         check_length(epochs, steps)
         if eval_every is not None:
             as_cadence(eval_every, "eval_every")
-        source, evaluations = as_source(data), eval_sources(eval_data)
+        source = self._source_of(data)
+        evaluations = eval_sources(eval_data, units=self.batch_axis is None)
         stores = self._checkpoints() if resume else []
         self._run.aim_at(data)
         request = Request(
@@ -294,19 +294,19 @@ class Trainer(Overridable):
         Returns:
             Floats by name, NumPy arrays for metrics that are not scalars.
         """
-        metrics = evaluate(self._engine, self._weights(weights), as_source(data))
+        metrics = evaluate(self._engine, self._weights(weights), self._source_of(data))
         assert metrics is not None  # nothing interrupts it here
         return metrics
 
     @final
     def predict(self, data: Any, *, weights: Literal["ema", "live"] = "ema") -> PyTree:
-        """Returns what `predict_step` gives for each example of `data`, in order, as NumPy arrays.
+        """Returns what `predict_step` gives for each example of `data`, in order, as NumPy arrays; a list for units.
 
         Args:
             data: as for `fit`.
             weights: as for `evaluate`.
         """
-        return predict(self._engine, self._weights(weights), as_source(data))
+        return predict(self._engine, self._weights(weights), self._source_of(data))
 
     @final
     def restore(
@@ -364,7 +364,7 @@ class Trainer(Overridable):
             (Store(c.folder(self._logdir)) for c in self._callbacks if isinstance(c, Checkpoint)), None
         )
         data = self._run.data if data is None else data
-        source = None if data is None else as_source(data)
+        source = None if data is None else self._source_of(data)
         return Replay(self._engine, self._logdir, store, source, self._accumulate).run(
             step, self._state, jit=jit
         )
@@ -398,6 +398,7 @@ class Trainer(Overridable):
             init_variables=self._overridden("init_variables"),
             train_step=self._overridden("train_step"),
             eval_step=self._overridden("eval_step"),
+            units=self.batch_axis is None,
         )
         steps = Steps(
             model=self._model,
