@@ -13,7 +13,7 @@ class StepContext:
         step: `int32[]`, updates completed before this one.
         rng: typed PRNG key `[]`, unique to this step: `fold_in(state.rng, step)`. The module finds
             it behind every stream it asks for, as in `apply(rngs={name: rng})`.
-        mask: `bool[batch]`, False for rows that only pad the batch.
+        mask: `bool[batch]`, False for rows that only pad the batch; `bool[1]` where a batch is one unit.
     """
 
     train: bool = flax.struct.field(pytree_node=False)

@@ -71,10 +71,13 @@ class Failures:
                 before = state.replace(step=jnp.asarray(error.step - 1, jnp.int32))
                 _keep(self._logdir, error.step, error, self._batches_of(error.step), before)
             for step, fed in self._failing:
-                batches = list(fed.batch) if self._accumulate > 1 else [unpad(fed.batch, fed.real)]
+                batches = list(fed.batch) if self._accumulate > 1 else [self._unpadded(fed)]
                 _keep(self._logdir, step, error, batches, None)
         except Exception as another:
             error.add_note(f"its batch could not be kept: {another!r}")
+
+    def _unpadded(self, fed: Fed) -> Batch:
+        return fed.batch if self._engine.steps.units else unpad(fed.batch, fed.real)
 
     def _batches_of(self, step: int) -> list[Batch]:
         began, epoch, batch = next(entry for entry in reversed(self._trail) if entry[0] < step)

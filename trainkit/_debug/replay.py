@@ -99,7 +99,8 @@ class Replay:
         return with_typed_key(raw, key_impl(state))
 
     def _diagnose(self, state: TrainState, batches: list[Batch], jit: bool) -> Diagnosis:
-        source = as_source(batches) if self._source is None else self._source
+        units = self._engine.steps.units
+        source = as_source(batches, units=units) if self._source is None else self._source
         feed = self._engine.prepare_train(state, source, batches[0]).feed
         fed = self._placed(feed, batches)
         return diagnose(self._engine.steps, self._engine.strategy, state, fed.batch, fed.mask, jit=jit)

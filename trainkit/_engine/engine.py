@@ -16,7 +16,7 @@ from trainkit._core.tree import copy_arrays, describe, differences, is_key, key_
 from trainkit._core.typing import Batch, PyTree
 from trainkit._engine.applied import KeptByFunction, check_applied
 from trainkit._engine.eval_loop import LoopedFeed, looped
-from trainkit._feed.feed import Feed, SharedFeed
+from trainkit._feed.feed import Feed, SharedFeed, UnitFeed
 from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
 from trainkit._step.checks import explained_errors
 from trainkit._step.inspection import Traits, inspect_eval, inspect_train
@@ -99,7 +99,7 @@ class Engine:
 
     def batches(self, source: Source, epoch: int, start: int = 0) -> Iterator[Any]:
         """Returns the batches of an epoch as a feed takes them: `GlobalBatch` where processes share the work."""
-        if self.strategy.processes == 1:
+        if self.strategy.processes == 1 or self.steps.units:
             return source.kept_batches(epoch, start)
         return iter(source.global_batches(epoch, start))
 
@@ -117,7 +117,7 @@ class Engine:
     def init(self, seed: int, batch: Batch | GlobalBatch) -> TrainState:
         """Returns a fresh state on the devices, initialised by one compiled program."""
         check_batch(spec_of(batch))
-        rows = batch_size_of(spec_of(batch))
+        rows = self._rows_of(spec_of(batch))
         with explained_errors():
             if isinstance(batch, GlobalBatch):
                 # Each process reads its rows; the devices, not the hosts, put them together.
@@ -177,7 +177,7 @@ class Engine:
         """
         first = spec_of(first)
         check_batch(first)
-        rows = batch_size_of(first)
+        rows = self._rows_of(first)
         traits = self._inspect("training", inspect_train, state, first)
         exact, why = traits.per_example and not state.batch_stats, "the model keeps batch statistics"
         if not traits.per_example:
@@ -191,7 +191,7 @@ class Engine:
         )
         compiled = functools.partial(
             self.strategy.compile,
-            inputs=(Role.STATE, Role.WHOLE, Role.WHOLE, Role.ROWS, Role.ROWS),
+            inputs=(Role.STATE, Role.WHOLE, Role.WHOLE, self._rows, self._rows),
             outputs=(Role.STATE, Role.WHOLE),
             donate=(0,),
         )
@@ -203,7 +203,7 @@ class Engine:
         """Returns the evaluation step for `source`, as `prepare_train`."""
         first = spec_of(first)
         check_batch(first)
-        rows = batch_size_of(first)
+        rows = self._rows_of(first)
         traits = self._inspect("evaluation", inspect_eval, state, first)
         exact = traits.per_example
         feed = self._feed(
@@ -224,7 +224,7 @@ class Engine:
         return prepared._replace(empty=(prepared.empty, zero))
 
     def _compiled_eval(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        inputs, outputs = (Role.STATE, Role.WHOLE, Role.ROWS, Role.ROWS), (Role.WHOLE, Role.ROWS)
+        inputs, outputs = (Role.STATE, Role.WHOLE, self._rows, self._rows), (Role.WHOLE, self._rows)
         return self.strategy.compile(step, inputs=inputs, outputs=outputs)
 
     def _in_loop(self, step: Callable[..., Any], rows: int, masked: bool) -> Callable[..., Any]:
@@ -258,7 +258,7 @@ class Engine:
         """Returns the prediction step and the feed for batches like `first`."""
         first = spec_of(first)
         check_batch(first)
-        rows = batch_size_of(first)
+        rows = self._rows_of(first)
         feed = self._feed(rows=rows, may_be_partial=True, exact=True, what="prediction")
         return self._predict(key_impl(state)), feed
 
@@ -315,11 +315,21 @@ class Engine:
     ) -> tuple[Any, Any]:
         return self.steps.train(accumulator, impl, raw, packed, pick(held, handed), mask)
 
+    @property
+    def _rows(self) -> Role:
+        """What a batch and its outputs are to the devices: a unit is whole on each."""
+        return Role.WHOLE if self.steps.units else Role.ROWS
+
+    def _rows_of(self, batch: Batch) -> int:
+        return 1 if self.steps.units else batch_size_of(batch)
+
     def _feed(self, **options: Any) -> Feed:
+        if self.steps.units:
+            return UnitFeed(self.strategy)
         return (Feed if self.strategy.processes == 1 else SharedFeed)(self.strategy, **options)
 
     def _predict(self, impl: str) -> Callable[..., Any]:
-        roles = {"inputs": (Role.STATE, Role.ROWS, Role.ROWS), "outputs": Role.ROWS}
+        roles = {"inputs": (Role.STATE, self._rows, self._rows), "outputs": self._rows}
         step = functools.partial(self.steps.predict, impl)
         return self._kept(("predict", impl), lambda: self.strategy.compile(step, **roles))
 

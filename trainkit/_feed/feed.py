@@ -101,6 +101,18 @@ class Feed:
             )
 
 
+class UnitFeed(Feed):
+    """Places batches that are one unit each: whole on each device, and never padded."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        super().__init__(strategy, rows=1, may_be_partial=False, exact=False, what="")
+
+    def place(self, batch: Any) -> Fed:
+        """Returns `batch` on the devices, as one example."""
+        placed = batch if self._strategy.takes_host_batches else self._strategy.replicate(batch)
+        return Fed(placed, None, 1)
+
+
 class SharedFeed(Feed):
     """Places the batches of several processes, each of which reads and pads the rows of its own devices."""
 

@@ -50,7 +50,7 @@ def evaluate(
         given += fed.real
         carried += fed.batches
         if collects:
-            rows.add(collected, fed.real)
+            rows.add(collected, None if engine.steps.units else fed.real)
         if carried >= _STEPS_PER_SEGMENT:
             segments.append(carry)
             carry, carried = prepared.empty, 0
@@ -65,6 +65,8 @@ def evaluate(
 def predict(engine: Engine, state: TrainState, source: Source) -> PyTree:
     """Returns what `predict_step` gives for every example of `source`, in its order, as NumPy arrays.
 
+    Where a batch is one unit it is a list of what it gives for each.
+
     Raises:
         ValueError: the source is empty, or an output has not one row per example.
     """
@@ -75,20 +77,25 @@ def predict(engine: Engine, state: TrainState, source: Source) -> PyTree:
     for batch in batches:
         fed = feed.place(batch)
         outputs = step(state, fed.batch, fed.mask)
+        if engine.steps.units:
+            rows.add(outputs, None)
+            continue
         _check_rows(outputs, fed.real if fed.mask is None else fed.mask.shape[0])
         rows.add(outputs, fed.real)
+    if engine.steps.units:
+        return rows.all()
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows.all())
 
 
 class _Rows:
-    """Outputs fetched a few batches behind the devices, cut to the real rows."""
+    """Outputs fetched a few batches behind the devices, cut to the real rows where there are rows."""
 
     def __init__(self, engine: Engine) -> None:
         self._fetch = engine.strategy.fetch
-        self._waiting: collections.deque[tuple[PyTree, int]] = collections.deque()
+        self._waiting: collections.deque[tuple[PyTree, int | None]] = collections.deque()
         self._done: list[PyTree] = []
 
-    def add(self, outputs: PyTree, real: int) -> None:
+    def add(self, outputs: PyTree, real: int | None) -> None:
         self._waiting.append((outputs, real))
         if len(self._waiting) > _FETCH_BEHIND:
             self._fetch_one()
@@ -100,7 +107,8 @@ class _Rows:
 
     def _fetch_one(self) -> None:
         outputs, real = self._waiting.popleft()
-        self._done.append(unpad(self._fetch(outputs), real))
+        fetched = self._fetch(outputs)
+        self._done.append(fetched if real is None else unpad(fetched, real))
 
 
 def _peek(engine: Engine, source: Source) -> tuple[Any, Iterator[Any]]:

@@ -38,7 +38,9 @@ class Questions:
 
     def evaluate(self, data: Any, *, weights: str = "averaged") -> dict[str, Any]:
         """Returns the metrics over one pass; of several sources by name, `<name>/<metric>`."""
-        sources = eval_sources(data) if is_named(data) else {"": as_source(data).in_order()}
+        units = self._engine.steps.units
+        named = is_named(data) and not units
+        sources = eval_sources(data, units=units) if named else {"": self._source(data)}
         with self._timed("eval"):
             state, found = self.weighted(weights), {}
             for name, source in sources.items():
@@ -49,7 +51,7 @@ class Questions:
 
     def predict(self, data: Any, *, weights: str = "averaged") -> PyTree:
         """Returns what `predict_step` gives for each example, in order, as NumPy arrays."""
-        source = as_source(data).in_order()
+        source = self._source(data)
         with self._timed("eval"):
             return predict(self._engine, self.weighted(weights), source)
 
@@ -63,6 +65,9 @@ class Questions:
         """Returns what `fn(bound module, *args)` gives, on the devices."""
         with self._timed("eval"):
             return self._engine.applied(self.weighted(weights), fn, args, rng)
+
+    def _source(self, data: Any) -> Source:
+        return as_source(data, units=self._engine.steps.units).in_order()
 
     def weighted(self, weights: str) -> TrainState:
         """Returns the state with the weights of that name in place."""
@@ -80,13 +85,13 @@ def is_named(data: Any) -> bool:
     return isinstance(data, Mapping) and not all(hasattr(value, "shape") for value in data.values())
 
 
-def eval_sources(eval_data: Any) -> dict[str, Source]:
-    """Returns the evaluation sources by name."""
+def eval_sources(eval_data: Any, *, units: bool = False) -> dict[str, Source]:
+    """Returns the evaluation sources by name; `units` as for `as_source`."""
     if eval_data is None:
         return {}
     if isinstance(eval_data, Mapping):
-        return {eval_name(name): as_source(data).in_order() for name, data in eval_data.items()}
-    return {"eval": as_source(eval_data).in_order()}
+        return {eval_name(name): as_source(data, units=units).in_order() for name, data in eval_data.items()}
+    return {"eval": as_source(eval_data, units=units).in_order()}
 
 
 def eval_name(name: Any) -> str:

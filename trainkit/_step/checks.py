@@ -155,14 +155,21 @@ def check_carried(old: TrainState, new: TrainState, after: Callable[[], TrainSta
     )
 
 
-def check_losses(losses: jax.Array | Weighted, rows: int, *, one_example: bool) -> None:
+def check_losses(losses: jax.Array | Weighted, rows: int | None, *, one_example: bool) -> None:
     """Refuses losses that are neither `[rows]` nor a scalar, and weighted ones that are not `[rows, ...]`.
 
     Args:
         losses: of the whole batch.
-        rows: of the batch.
+        rows: of the batch, None where it is one unit: weighted losses then have any shape.
         one_example: whether the loss was called with one example at a time.
     """
+    if rows is None:
+        if not isinstance(losses, Weighted) and losses.ndim:
+            raise ValueError(
+                f"loss returned losses of shape {list(losses.shape)} for a batch that is one unit (batch_axis = None); "
+                "allowed are a scalar and tk.Weighted(losses, weights), e.g. with a weight for each graph."
+            )
+        return
     if isinstance(losses, Weighted):
         if losses.losses.shape[:1] != (rows,):
             raise ValueError(

@@ -21,13 +21,18 @@ from trainkit.parallel._strategy import Strategy
 
 @dataclasses.dataclass(frozen=True)
 class UserFunctions:
-    """The methods of a trainer that steps are made of; None where the user keeps the default."""
+    """The methods of a trainer that steps are made of; None where the user keeps the default.
+
+    Attributes:
+        units: whether a batch is one unit without rows.
+    """
 
     loss: Callable[..., Any]
     predict_step: Callable[..., Any]
     init_variables: Callable[..., Any] | None = None
     train_step: Callable[..., Any] | None = None
     eval_step: Callable[..., Any] | None = None
+    units: bool = False
 
 
 class Forward:
@@ -51,7 +56,7 @@ class Forward:
 
     def variables(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
         """Returns the variables that one call of the loss creates."""
-        mask = self._strategy.example(all_real(batch))
+        mask = self._strategy.example(self.real(batch, None))
         ctx = StepContext(train=True, step=jnp.zeros((), jnp.int32), rng=rng, mask=mask)
         return self._model.init(self._checked_loss, rng, self._strategy.example(batch), ctx)
 
@@ -73,8 +78,8 @@ class Forward:
         if train and self._remat:
             policy = self._remat if callable(self._remat) else None
             forward = jax.checkpoint(forward, policy=policy)
-        losses, outputs, updated = forward(variables, batch, or_all_real(mask, batch), step, rng)
-        check_losses(losses, batch_rows(batch), one_example=self._sees_one_example)
+        losses, outputs, updated = forward(variables, batch, self.real(batch, mask), step, rng)
+        check_losses(losses, self.rows(batch), one_example=self._sees_one_example)
         self.weighted = isinstance(losses, Weighted)
         return losses, outputs, updated
 
@@ -94,7 +99,21 @@ class Forward:
             return result, {}, {}
 
         mapped = self._strategy.map_forward(forward)
-        return mapped(variables, batch, or_all_real(mask, batch), step, rng)[0]
+        return mapped(variables, batch, self.real(batch, mask), step, rng)[0]
+
+    def rows(self, batch: Batch) -> int | None:
+        """Returns the leading dimension of `batch`; None where it is one unit."""
+        if self._user.units:
+            return None
+        return next(leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim)
+
+    def real(self, batch: Batch, mask: jax.Array | None) -> jax.Array:
+        """Returns `mask`, where it is None that of a batch without padding; a unit is one example."""
+        return jnp.ones((self.rows(batch) or 1,), bool) if mask is None else mask
+
+    def mask_output(self, batch: Batch, mask: jax.Array | None) -> dict[str, jax.Array]:
+        """Returns the mask as the metrics get it: none where a batch is one unit, whose outputs have any shape."""
+        return {} if self._user.units else {"mask": self.real(batch, mask)}
 
     def applied(
         self, fn: Callable[..., Any], variables: Variables, args: tuple[Any, ...], rng: jax.Array
@@ -105,7 +124,7 @@ class Forward:
             return self._model.apply(fn, variables, rng, *args, train=False)[0], {}, {}
 
         one_row, step = jnp.zeros((1,)), jnp.zeros((), jnp.int32)
-        result = self._strategy.map_forward(forward)(variables, one_row, all_real(one_row), step, rng)[0]
+        result = self._strategy.map_forward(forward)(variables, one_row, jnp.ones((1,), bool), step, rng)[0]
         return jax.tree.map(lambda leaf: leaf[0], result) if self._sees_one_example else result
 
     @functools.cached_property
@@ -127,18 +146,3 @@ class Forward:
         with explained_shapes(batch, one_example=self._sees_one_example):
             result = self._user.loss(module, batch, ctx)
         return check_loss_result(result)
-
-
-def batch_rows(batch: Batch) -> int:
-    """Returns the leading dimension of `batch`."""
-    return next(leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim)
-
-
-def all_real(batch: Batch) -> jax.Array:
-    """Returns the mask of a batch without padding."""
-    return jnp.ones((batch_rows(batch),), bool)
-
-
-def or_all_real(mask: jax.Array | None, batch: Batch) -> jax.Array:
-    """Returns `mask`, that of a batch without padding where it is None."""
-    return all_real(batch) if mask is None else mask

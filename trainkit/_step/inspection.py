@@ -51,9 +51,10 @@ def inspect_train(steps: Steps, strategy: Strategy, state: TrainState, batch: Ba
         )
         return done.state
 
-    new_state = _abstractly(run, strategy, state, batch)[1]
+    shards = 1 if steps.units else strategy.shards
+    new_state = _abstractly(run, strategy, state, batch, shards)[1]
     if steps.has_own_train:
-        check_carried(state, new_state, lambda: _abstractly(run, strategy, new_state, batch)[1])
+        check_carried(state, new_state, lambda: _abstractly(run, strategy, new_state, batch, shards)[1])
     return found["traits"]
 
 
@@ -66,15 +67,13 @@ def inspect_eval(steps: Steps, strategy: Strategy, state: TrainState, batch: Bat
         found["traits"] = Traits(per_example, shapes(outputs), steps.is_weighted(outputs))
         return state.step
 
-    jaxpr = _abstractly(run, strategy, state, batch)[0]
+    jaxpr = _abstractly(run, strategy, state, batch, 1 if steps.units else strategy.shards)[0]
     return found["traits"]._replace(light=is_light(jaxpr))
 
 
 def _abstractly(
-    run: Callable[[TrainState, Batch], Any], strategy: Strategy, state: TrainState, batch: Batch
+    run: Callable[[TrainState, Batch], Any], strategy: Strategy, state: TrainState, batch: Batch, shards: int
 ) -> Any:
-    shards = strategy.shards
-
     def divisible(leaf: Any) -> jax.ShapeDtypeStruct:
         shape = jnp.shape(leaf)
         rows = (-(-shape[0] // shards) * shards, *shape[1:]) if shape else ()

@@ -52,7 +52,7 @@ def of_all(weights: jax.Array, total: jax.Array, tree: PyTree) -> PyTree:
 
 
 def for_metrics(
-    losses: jax.Array | Weighted, outputs: Outputs, mask: jax.Array | None, rows: int
+    losses: jax.Array | Weighted, outputs: Outputs, mask: jax.Array | None, rows: int | None
 ) -> dict[str, Any]:
     """Returns what the metrics of a batch are given.
 
@@ -60,11 +60,17 @@ def for_metrics(
         losses: of the batch.
         outputs: of the loss.
         mask: `bool[rows]`, None where all are real.
-        rows: of the batch.
+        rows: of the batch, None where it is one unit.
 
     Returns:
-        The outputs, with `loss` and `mask`, and the `weight` of weighted losses, all `[rows]`.
+        The outputs, with `loss` and `mask`, and the `weight` of weighted losses, all `[rows]`. Of a unit loss and
+        weight are as they are, without a mask.
     """
+    if rows is None:
+        if not isinstance(losses, Weighted):
+            return {**outputs, "loss": losses}
+        losses, weights = _terms(losses, None)
+        return {**outputs, "loss": losses, "weight": weights}
     mask = jnp.ones((rows,), bool) if mask is None else mask
     if isinstance(losses, Weighted):
         losses, weights = _terms(losses, mask)

@@ -15,7 +15,7 @@ from trainkit._core.weighted import Weighted
 from trainkit._models.model import Model
 from trainkit._models.precision import Precision
 from trainkit._step.checks import check_outputs, check_step_result
-from trainkit._step.forward import Forward, UserFunctions, all_real, batch_rows, or_all_real
+from trainkit._step.forward import Forward, UserFunctions
 from trainkit._step.guard import settle, unless_weightless
 from trainkit._step.losses import for_metrics, mean_share, of_all, quotient
 from trainkit._step.parts import Apply, Parts, Pass, Updated
@@ -163,7 +163,7 @@ class Steps:
             loss = self._mean_told(jnp.asarray(loss), outputs)
         # One call is one step of every log and cadence, however many optimizers moved in it.
         new_state = new_state.replace(step=state.step + 1)
-        outputs = [{"mask": all_real(batch), **outputs}]
+        outputs = [{**self._forward.mask_output(batch, None), **outputs}]
         return Updated(new_state, loss, None, None, None, outputs, per_example=False)
 
     def _mean_told(self, loss: jax.Array, outputs: Outputs) -> jax.Array:
@@ -184,7 +184,7 @@ class Steps:
             model_state = {**model_state, **passes[-1].updated}
         loss, weight, grads = self._joined(passes)
         outputs = [
-            for_metrics(one.losses, one.outputs, mask, batch_rows(batch))
+            for_metrics(one.losses, one.outputs, mask, self._forward.rows(batch))
             for one, (batch, mask) in zip(passes, parts, strict=True)
         ]
         merged = self._strategy.merge_collections(model_state)
@@ -240,7 +240,7 @@ class Steps:
             if isinstance(losses, Weighted):
                 loss, weight = quotient(losses, mask)
             else:
-                loss, weight = mean_share(losses, mask, batch_rows(batch), examples), None
+                loss, weight = mean_share(losses, mask, self._forward.rows(batch) or 1, examples), None
             return loss if scale is None else loss * scale, (loss, weight, losses, outputs, updated)
 
         grads, (loss, weight, losses, outputs, updated) = jax.grad(objective, has_aux=True)(state.params)
@@ -250,7 +250,7 @@ class Steps:
         """Returns the real examples of the whole step, None where it is one batch of one program."""
         if len(parts) == 1 and self._strategy.replica_axis is None:
             return None
-        counts = [jnp.asarray(batch_rows(batch)) if mask is None else mask.sum() for batch, mask in parts]
+        counts = [self._forward.real(batch, mask).sum() for batch, mask in parts]
         return jnp.maximum(self._strategy.sum(jnp.stack(counts).sum()), 1)
 
     def _merge_metrics(self, accumulator: Accumulator, packed: Any, outputs: Outputs) -> Any:
@@ -276,7 +276,7 @@ class Steps:
         packed, counted = carry
         _, outputs = self.eval_outputs(with_typed_key(state, impl), batch, mask)
         packed = self._merge_metrics(accumulator, packed, outputs)
-        counted = counted + self._strategy.sum(or_all_real(mask, batch).sum(dtype=jnp.int32))
+        counted = counted + self._strategy.sum(self._forward.real(batch, mask).sum(dtype=jnp.int32))
         return (packed, counted), accumulator.collect(**outputs)
 
     def default_eval(self, state: TrainState, batch: Batch, mask: jax.Array | None = None) -> dict[str, Any]:
@@ -289,7 +289,7 @@ class Steps:
         losses, outputs, _ = self._forward.losses(
             state.variables, batch, mask, state.step, _step_key(state), train=False
         )
-        return losses, for_metrics(losses, outputs, mask, batch_rows(batch))
+        return losses, for_metrics(losses, outputs, mask, self._forward.rows(batch))
 
     def predict(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
         """Outputs of `predict_step` for one batch, leaves `[batch, ...]`."""
@@ -322,7 +322,12 @@ class Steps:
             return _per_example(losses), outputs
         outputs = self._user.eval_step(state, batch)
         check_outputs("eval_step", outputs)
-        return True, {**outputs, "mask": or_all_real(mask, batch)}
+        return True, {**outputs, **self._forward.mask_output(batch, mask)}
+
+    @property
+    def units(self) -> bool:
+        """Whether a batch is one unit without rows, which is never padded nor divided."""
+        return self._user.units
 
     @property
     def has_own_train(self) -> bool:

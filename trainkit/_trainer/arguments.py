@@ -91,13 +91,32 @@ def check_length(epochs: int | None, steps: int | None) -> None:
 _BY_NAME = {"jit": Mesh, "vmap": PerExample, "pmap": Pmap}
 
 
-def resolve_strategy(strategy: str | Strategy) -> Strategy:
+def resolve_strategy(strategy: str | Strategy, batch_axis: Any = 0) -> Strategy:
     """Returns the strategy that `strategy` names, or is.
 
+    Args:
+        strategy: of the trainer.
+        batch_axis: of the trainer.
+
     Raises:
-        ValueError: no strategy has that name.
+        ValueError: no strategy has that name, it can't take a batch that is one unit, or there is no such axis.
         TypeError: neither a name nor a strategy.
     """
+    if batch_axis not in (0, None) or isinstance(batch_axis, bool):
+        raise ValueError(
+            f"batch_axis={batch_axis!r}: must be 0, the examples along the first dimension of every leaf, or None, "
+            "a batch that is one unit."
+        )
+    found = _named(strategy)
+    if batch_axis is None and not found.takes_units:
+        raise ValueError(
+            f"batch_axis = None and the strategy {type(found).__name__}: it divides a batch along its first dimension, "
+            "which a batch that is one unit has not. Use strategy='jit', which holds it whole on each device."
+        )
+    return found
+
+
+def _named(strategy: str | Strategy) -> Strategy:
     if isinstance(strategy, Strategy):
         return strategy
     names = ", ".join(map(repr, _BY_NAME))

@@ -11,15 +11,26 @@ from trainkit._core.state import TrainState
 from trainkit._core.typing import Batch, Outputs, PyTree
 from trainkit._core.weighted import Weighted
 from trainkit._engine.engine import Engine
+from trainkit.data._source import Source, as_source
 from trainkit.metrics._accumulator import LossMetrics
 
-OVERRIDABLE = ("loss", "metrics", "train_step", "eval_step", "predict_step", "init_variables")
+OVERRIDABLE = ("loss", "metrics", "batch_axis", "train_step", "eval_step", "predict_step", "init_variables")
 
 
 class Overridable:
-    """The methods of a trainer that are its user's, with what they do unless they are overridden."""
+    """The methods of a trainer that are its user's, with what they do unless they are overridden.
+
+    Attributes:
+        metrics: the collection that is computed from the outputs of the steps.
+        batch_axis: 0, or None where a batch is one unit without a common leading axis, such as a padded `GraphsTuple`
+            or a mesh. A unit is never padded and whole on each device. Its loss is a scalar, or `tk.Weighted` of any
+            shape; the metrics get both as they are, without a mask, so what pads within a unit needs weights. It
+            counts as one example: an evaluation of scalar losses is their mean over units, `accumulate=k` makes one
+            step of k units, and `predict` returns a list with one entry a unit.
+    """
 
     metrics: ClassVar[type[clu.metrics.Collection]] = LossMetrics
+    batch_axis: ClassVar[int | None] = 0
 
     @functools.cached_property
     def _engine(self) -> Engine:
@@ -87,6 +98,9 @@ class Overridable:
     def init_variables(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
         """Returns the variables to start from, `{"params": ..., ...}`. Traced; by default those `loss` creates."""
         return self._engine.steps.init_variables(rng, batch)
+
+    def _source_of(self, data: Any) -> Source:
+        return as_source(data, units=self.batch_axis is None)
 
     def _overridden(self, name: str) -> Any:
         return None if getattr(type(self), name) is getattr(Overridable, name) else getattr(self, name)

@@ -42,7 +42,6 @@ from trainkit._trainer.summary import overview
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.checkpoint._store import Store
-from trainkit.data._source import as_source
 from trainkit.parallel._strategy import Strategy
 from trainkit.writers._logdir import local_folder
 from trainkit.writers._writer import MetricWriter
@@ -53,7 +52,7 @@ _NO_STATE = "there is no state yet: call trainer.init(batch) or trainer.fit(...)
 class Trainer(Overridable):
     """Trains a Flax module. Subclass it and write `loss`.
 
-    The whole surface of a subclass is `loss`, `metrics`, and for full control `train_step`, `eval_step`,
+    The whole surface of a subclass is `loss`, `metrics`, `batch_axis`, and for full control `train_step`, `eval_step`,
     `predict_step` and `init_variables`; all else is final.
 
     Args:
@@ -116,7 +115,7 @@ class Trainer(Overridable):
             raise TypeError(f"tx={tx!r}: expected an optax transformation, e.g. optax.adam(1e-3).")
         self._tx = tx
         self._callbacks = with_defaults(check_callbacks(callbacks))
-        self._strategy = resolve_strategy(strategy)
+        self._strategy = resolve_strategy(strategy, self.batch_axis)
         self._seed, self._remat = seed, remat
         self._accumulate = check_accumulate(accumulate, own_step=self._overridden("train_step") is not None)
         self._logdir = None if logdir is None else local_folder(logdir)
@@ -222,7 +221,8 @@ class Trainer(Overridable):
         check_length(epochs, steps)
         if eval_every is not None:
             as_cadence(eval_every, "eval_every")
-        source, evaluations = as_source(data), eval_sources(eval_data)
+        source = self._source_of(data)
+        evaluations = eval_sources(eval_data, units=self.batch_axis is None)
         stores = self._checkpoints() if resume else []
         self._run.aim_at(data)
         request = Request(
@@ -267,7 +267,7 @@ class Trainer(Overridable):
 
     @final
     def predict(self, data: Any, *, weights: Literal["averaged", "ema", "live"] = "averaged") -> PyTree:
-        """Returns what `predict_step` gives for each example of `data`, in order, as NumPy arrays.
+        """Returns what `predict_step` gives for each example of `data`, in order, as NumPy arrays; a list for units.
 
         Args:
             data: as for `fit`.
@@ -377,7 +377,7 @@ class Trainer(Overridable):
             (Store(c.folder(self._logdir)) for c in self._callbacks if isinstance(c, Checkpoint)), None
         )
         data = self._run.data if data is None else data
-        source = None if data is None else as_source(data)
+        source = None if data is None else self._source_of(data)
         return Replay(self._engine, self._logdir, store, source, self._accumulate).run(
             step, self._run.current("replay"), jit=jit
         )
@@ -411,6 +411,7 @@ class Trainer(Overridable):
             init_variables=self._overridden("init_variables"),
             train_step=self._overridden("train_step"),
             eval_step=self._overridden("eval_step"),
+            units=self.batch_axis is None,
         )
         steps = Steps(
             model=self._model,

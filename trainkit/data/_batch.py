@@ -146,10 +146,15 @@ def _sizes(batch: Batch) -> str:
     return ", ".join(described) or "none"
 
 
+_UNIT = (
+    "A batch that is one unit, such as a graph or a mesh, is declared by batch_axis = None on the trainer."
+)
+
+
 def _unequal(batch: Batch) -> str:
     return (
         f"The leaves of a batch have different leading sizes: {_sizes(batch)}. Every leaf that is not 0-d "
-        "must have the examples along its first dimension."
+        f"must have the examples along its first dimension. {_UNIT}"
     )
 
 
@@ -157,7 +162,7 @@ def _rowless(batch: Batch) -> str:
     return (
         f"A {type(batch).__name__} was given as a batch, and no leaf of it has a leading dimension; the "
         f"leaves are: {_sizes(batch)}. A batch is a tree of arrays with the examples along their first "
-        "dimension."
+        f"dimension. {_UNIT}"
     )
 
 

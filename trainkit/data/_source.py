@@ -114,7 +114,7 @@ class Source(abc.ABC):
             )
 
 
-def as_source(data: Any, *, clock: Clock = time.monotonic) -> Source:
+def as_source(data: Any, *, clock: Clock = time.monotonic, units: bool = False) -> Source:
     """Returns a `Source` for any data a trainer accepts.
 
     Tensors of TensorFlow and torch become NumPy arrays. A list of batches and a Grain `MapDataset` seek; the
@@ -127,6 +127,7 @@ def as_source(data: Any, *, clock: Clock = time.monotonic) -> Source:
             batches, or a function returning an iterator of them, which is called for every epoch (with its
             number, when it takes an argument). An iterator serves one epoch.
         clock: returns seconds; times the replaying.
+        units: whether a batch is one unit (`batch_axis = None`), which has no rows to be counted.
 
     Raises:
         TypeError: `data` is none of these, or is a single batch.
@@ -138,6 +139,8 @@ def as_source(data: Any, *, clock: Clock = time.monotonic) -> Source:
         >>> source.steps_per_epoch, source.num_examples, source.may_be_partial
         (2, 7, True)
     """
+    if units:
+        return data if isinstance(data, _Units) else _Units(_units_of(data, clock))
     if isinstance(data, Source):
         return data
     _refuse_single_batch(data)
@@ -273,6 +276,39 @@ class _Replayed(Source):
                 start,
                 self._clock() - begun,
             )
+
+
+@final
+class _Units(Source):
+    """The batches of another source, each of which is one unit: an epoch has as many examples as batches."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.steps_per_epoch = self.num_examples = source.steps_per_epoch
+        self.seekable = source.seekable
+        self.batch_size, self.may_be_partial = 1, False
+        self.keeps_batches = source.keeps_batches
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        return self._source.batches(epoch, start)
+
+    def in_order(self) -> Source:
+        return _Units(self._source.in_order())
+
+    def global_batches(self, epoch: int, start: int = 0) -> Iterator[GlobalBatch]:
+        def whole(batch: Batch) -> GlobalBatch:
+            return GlobalBatch(1, lambda start, stop: batch, lambda: batch)
+
+        return map(whole, self.batches(epoch, start))
+
+
+def _units_of(data: Any, clock: Clock) -> Source:
+    if not isinstance(data, list) or not data:
+        return as_source(data, clock=clock)
+    units = [to_host(unit) for unit in data]
+    for unit in units:
+        check_batch(unit)
+    return _Indexed(lambda epoch, index: units[index], len(units), keeps_batches=True)
 
 
 def _listed(data: Sequence[Any]) -> Source:

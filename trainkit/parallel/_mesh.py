@@ -50,6 +50,10 @@ class Mesh(Spmd):
     ) -> None:
         super().__init__(sizes={"data": data, "fsdp": fsdp, "tensor": tensor}, rules=rules, devices=devices)
 
+    @property
+    def takes_units(self) -> bool:
+        return True
+
     def example(self, batch: Batch) -> Batch:
         return batch
 

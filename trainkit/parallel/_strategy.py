@@ -123,6 +123,11 @@ class Strategy(abc.ABC):
         """Whether `place` leaves NumPy arrays as they are and `compile` takes them so, of any leading dimensions."""
         return False
 
+    @property
+    def takes_units(self) -> bool:
+        """Whether a batch may be one unit without rows (`batch_axis = None`): the loss must see it whole."""
+        return False
+
     # Several processes --------------------------------------------------------------------------------------
 
     @property
