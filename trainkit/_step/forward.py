@@ -80,7 +80,7 @@ class Forward:
         """Returns what `predict_step` gives, leaves `[batch, ...]`."""
 
         def forward(variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array) -> Any:
-            ctx = StepContext(train=False, step=step, rng=rng, mask=mask)
+            ctx = StepContext(train=False, step=step, rng=rng, mask=mask, params=variables["params"])
             result, _ = self._model.apply(self._user.predict_step, variables, rng, batch, ctx, train=False)
             return result, {}, {}
 
@@ -94,7 +94,7 @@ class Forward:
     def _loss(
         self, train: bool, variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array
     ) -> Any:
-        ctx = StepContext(train=train, step=step, rng=rng, mask=mask)
+        ctx = StepContext(train=train, step=step, rng=rng, mask=mask, params=variables["params"])
         (losses, outputs), updated = self._model.apply(
             self._checked_loss, variables, rng, batch, ctx, train=train
         )

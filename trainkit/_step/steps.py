@@ -13,7 +13,7 @@ from trainkit._core.tree import select
 from trainkit._core.typing import Batch, Outputs, PyTree, Variables
 from trainkit._models.model import Model
 from trainkit._models.precision import Precision
-from trainkit._step.checks import check_outputs, check_step_result
+from trainkit._step.checks import check_outputs, check_step_result, check_unused
 from trainkit._step.forward import Forward, UserFunctions, all_real, batch_rows, for_metrics, or_all_real
 from trainkit._step.guard import settle
 from trainkit._step.parts import Apply, Parts, Pass, Updated
@@ -43,7 +43,8 @@ class Steps:
         self._model, self._tx, self._strategy, self._user = model, tx, strategy, user
         self._forward = Forward(model, strategy, user, remat)
         self._hooks = (loss_scale_hook(), *hooks) if precision.scaled else hooks
-        self._precision, self._accumulate = precision, accumulate
+        self._precision, self._accumulate, self._remat = precision, accumulate, remat
+        self._default_is_used = user.train_step is None
         self.traces = TraceLog()
 
     # Initialisation -------------------------------------------------------------------------------------------
@@ -142,6 +143,7 @@ class Steps:
 
     def default_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """What `Trainer.train_step` does unless it is overridden: every row of `batch` is real."""
+        self._default_is_used = True
         done = self._update(state, ((batch, None),))
         return done.state, done.outputs[0]
 
@@ -150,6 +152,8 @@ class Steps:
             return self._update(state, parts)
         ((batch, _),) = parts
         new_state, outputs = check_step_result(self._user.train_step(state, batch))
+        if not self._default_is_used:
+            check_unused(self._precision, self._remat)
         loss = outputs.get("loss")
         if loss is not None:  # hooks are told the same on every replica
             loss = self._strategy.sum(jnp.mean(jnp.asarray(loss))) / self._strategy.sum(1)
