@@ -124,6 +124,19 @@ def check_unused(precision: Precision, remat: bool | Callable[..., bool]) -> Non
             )
 
 
+def check_scales(scales: Mapping[str, Any], *, one_example: bool) -> None:
+    """Refuses fp8 layers where a gradient is a sum over calls of the model, one for each example.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if scales and one_example:
+        raise ValueError(
+            f"the model has fp8 layers: their scales in {', '.join(scales)} are largest values over a batch, and under "
+            "strategy='vmap' each example is a call of its own. Use strategy='jit' with a loss for the whole batch."
+        )
+
+
 def check_carried(old: TrainState, new: TrainState, after: Callable[[], TrainState]) -> None:
     """Refuses a `train_step` after which the state has another structure, or other shapes at every step.
 

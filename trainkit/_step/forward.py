@@ -66,7 +66,7 @@ class Forward:
             policy = self._remat if callable(self._remat) else None
             forward = jax.checkpoint(forward, policy=policy)
         losses, outputs, updated = forward(variables, batch, or_all_real(mask, batch), step, rng)
-        check_losses(losses, batch_rows(batch), one_example=self._sees_one_example)
+        check_losses(losses, batch_rows(batch), one_example=self.sees_one_example)
         return losses, outputs, updated
 
     def predictions(
@@ -88,7 +88,8 @@ class Forward:
         return mapped(variables, batch, or_all_real(mask, batch), step, rng)[0]
 
     @functools.cached_property
-    def _sees_one_example(self) -> bool:
+    def sees_one_example(self) -> bool:
+        """Whether the loss is called with one example at a time."""
         return jax.eval_shape(self._strategy.example, jax.ShapeDtypeStruct((1,), bool)).ndim == 0
 
     def _loss(
@@ -103,7 +104,7 @@ class Forward:
         return losses, outputs, carried
 
     def _checked_loss(self, module: Any, batch: Batch, ctx: StepContext) -> tuple[jax.Array, dict[str, Any]]:
-        with explained_shapes(batch, one_example=self._sees_one_example):
+        with explained_shapes(batch, one_example=self.sees_one_example):
             result = self._user.loss(module, batch, ctx)
         return check_loss_result(result)
 

@@ -28,6 +28,7 @@ class Pass(NamedTuple):
         outputs: of the loss.
         updated: the collections it changed.
         grads: of `loss`.
+        replaced: the collection that its own gradient replaces, `{}` where there is none.
     """
 
     loss: jax.Array
@@ -35,6 +36,7 @@ class Pass(NamedTuple):
     outputs: dict[str, Any]
     updated: dict[str, Any]
     grads: PyTree
+    replaced: dict[str, Any]
 
 
 @flax.struct.dataclass

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainkit._core.state import TrainState, key_of, with_raw_key, with_typed_key
+from trainkit._core.state import OVERWRITTEN, TrainState, key_of, with_raw_key, with_typed_key
 from trainkit._core.tree import select
 from trainkit._core.typing import Batch, Outputs, PyTree, Variables
 from trainkit._models.model import Model
 from trainkit._models.precision import Precision
-from trainkit._step.checks import check_outputs, check_step_result, check_unused
+from trainkit._step.checks import check_outputs, check_scales, check_step_result, check_unused
 from trainkit._step.forward import Forward, UserFunctions, all_real, batch_rows, for_metrics, or_all_real
 from trainkit._step.guard import settle
 from trainkit._step.parts import Apply, Parts, Pass, Updated
@@ -174,7 +174,9 @@ class Steps:
             for_metrics(one.losses, one.outputs, batch, mask)
             for one, (batch, mask) in zip(passes, parts, strict=True)
         ]
-        merged = self._strategy.merge_collections(model_state)
+        # The scales of fp8 are largest values: over all batches and replicas they are those of the joined batch.
+        replaced = self._strategy.max(functools.reduce(_larger, (one.replaced for one in passes)))
+        merged = {**self._strategy.merge_collections(model_state), **replaced}
         if self._precision.scaled:
             scale = state.hooks[LOSS_SCALE].scale
             grads = jax.tree.map(lambda grad: grad / scale.astype(grad.dtype), grads)
@@ -208,16 +210,20 @@ class Steps:
     ) -> Pass:
         scale = state.hooks[LOSS_SCALE].scale if self._precision.scaled else None
 
-        def objective(params: PyTree) -> tuple[jax.Array, tuple[Any, ...]]:
-            variables = {**model_state, "params": params}
+        scales = {name: model_state[name] for name in (OVERWRITTEN,) if name in model_state}
+        check_scales(scales, one_example=self._forward.sees_one_example)
+
+        def objective(params: PyTree, scales: dict[str, Any]) -> tuple[jax.Array, tuple[Any, ...]]:
+            variables = {**model_state, **scales, "params": params}
             losses, outputs, updated = self._forward.losses(
                 variables, batch, mask, state.step, rng, train=True
             )
             loss = _share(losses, mask, batch, examples)
             return loss if scale is None else loss * scale, (loss, losses, outputs, updated)
 
-        grads, (loss, losses, outputs, updated) = jax.grad(objective, has_aux=True)(state.params)
-        return Pass(loss, losses, outputs, updated, grads)
+        gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)
+        (grads, replaced), (loss, losses, outputs, updated) = gradient(state.params, scales)
+        return Pass(loss, losses, outputs, updated, grads, replaced)
 
     def _examples(self, parts: Parts) -> jax.Array | None:
         """Returns the real examples of the whole step, None where it is one batch of one program."""
@@ -302,6 +308,9 @@ def _traced_once(fn: Callable[..., Any]) -> Any:
     Tracing a model takes as long as compiling a small one, and it is looked at before it is compiled.
     """
     return jax.jit(fn, inline=True)
+
+
+_larger = functools.partial(jax.tree.map, jnp.maximum)
 
 
 def _step_key(state: TrainState) -> jax.Array:
