@@ -1,9 +1,12 @@
 """`LinenModel`: how a `flax.linen` module is initialised, bound and run. Owns no state."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import flax.core
+import flax.errors
 import flax.linen as nn
 import jax
 
@@ -12,6 +15,27 @@ from trainkit._models.casts import CastCalls, in_dtypes_of
 from trainkit._models.model import Model, ScopedFunction
 from trainkit._models.precision import Precision
 from trainkit._models.watch import Run, Watch, with_those_of, without
+
+
+@contextlib.contextmanager
+def _explained_first_call() -> Iterator[None]:
+    """Adds to an error about variables that are not there yet how they come to be."""
+    missing = (
+        flax.errors.ScopeCollectionNotFound,
+        flax.errors.ScopeParamNotFoundError,
+        flax.errors.ScopeVariableNotFoundError,
+        KeyError,
+    )
+    try:
+        yield
+    except missing as error:
+        if not isinstance(error, KeyError) or error.args == ("params",):
+            error.add_note(
+                "trainkit: this was the initialisation, where a module has no variables before it is first called: "
+                "model.variables, model.unbind() and ctx.params are empty. Call it once before they are read, e.g. "
+                "`if model.is_initializing(): model(batch['x'])`, or override init_variables."
+            )
+        raise
 
 
 class LinenModel(Model):
@@ -38,7 +62,8 @@ class LinenModel(Model):
     def init(self, fn: ScopedFunction, rng: jax.Array, *args: Any) -> dict[str, Any]:
         def attempt(run: Run) -> Any:
             # What is sown is there to be read back, "intermediates" too, which init leaves out unless told.
-            return nn.init(run.marking(fn), self.module, mutable=True)(run.keys(rng), *args)
+            with _explained_first_call():
+                return nn.init(run.marking(fn), self.module, mutable=True)(run.keys(rng), *args)
 
         return without(self._watch.settle("init", frozenset(), attempt), self._watch.sown)
 
