@@ -244,7 +244,7 @@ class Loop:
                 self._raw, metrics.packed = calls(self._raw, metrics.packed, feds)
             except Exception as error:
                 read = [fed._replace(batch=self._supply.read(fed.batch)) for fed in feds]
-                self._failures.note(self._step + 1, read)
+                self._failures.note(self._step + 1, read, error)
                 if isinstance(error, TypeError):
                     for fed in read:  # names the leaf that no step can take, where that was the reason
                         check_batch(fed.batch)
