@@ -1,5 +1,7 @@
 """`StepContext`, what a loss is told about the step it runs in."""
 
+from typing import Any
+
 import flax.struct
 import jax
 
@@ -14,9 +16,11 @@ class StepContext:
         rng: typed PRNG key `[]`, unique to this step: `fold_in(state.rng, step)`. The module finds
             it behind every stream it asks for, as in `apply(rngs={name: rng})`.
         mask: `bool[batch]`, False for rows that only pad the batch; `bool[1]` where a batch is one unit.
+        params: the parameters in their own dtype under any precision; `{}` at initialisation, when there are none.
     """
 
     train: bool = flax.struct.field(pytree_node=False)
     step: jax.Array
     rng: jax.Array
     mask: jax.Array
+    params: Any = flax.struct.field(default_factory=dict)

@@ -15,6 +15,9 @@ import optax
 from trainkit._core.tree import is_key
 from trainkit._core.typing import Collection, PyTree, Variables
 
+OVERWRITTEN = "_overwrite_with_gradient"
+"""The collection of fp8 layers whose gradient is not a direction to move in but the next value."""
+
 
 class TrainState(flax.training.train_state.TrainState, kw_only=True):
     """Parameters, optimizer state, model state, key and callback state of a run, as one pytree.
@@ -150,13 +153,18 @@ class TrainState(flax.training.train_state.TrainState, kw_only=True):
         """Returns the state after one optimizer update.
 
         Args:
-            grads: gradients of the structure of `params`.
+            grads: gradients of the structure of `params`; or of `variables`, as Flax's own state takes them, where the
+                model has fp8 parameters: `{"params": ..., "_overwrite_with_gradient": ...}`.
             model_state: updated collections by name, as `apply(..., mutable=...)` returned them.
             **kwargs: fields to replace, e.g. `batch_stats=updated["batch_stats"]`.
 
         Returns:
-            `step` one higher, `params`, `opt_state` and the given collections and fields replaced.
+            `step` one higher, `params`, `opt_state` and the given collections and fields replaced; fp8 parameters
+            replaced by their gradient.
         """
+        if isinstance(grads, Mapping) and OVERWRITTEN in grads and OVERWRITTEN in self.collections:
+            model_state = {**(model_state or {}), OVERWRITTEN: grads[OVERWRITTEN]}
+            grads = grads["params"]
         state = super().apply_gradients(grads=grads, **kwargs)
         return state if model_state is None else state.replace_model_state(model_state)
 

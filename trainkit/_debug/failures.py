@@ -53,8 +53,14 @@ class Failures:
         """Notes a step and a place in the data from which steps and batches go side by side."""
         self._trail.append((step, position.epoch, position.batch))
 
-    def note(self, step: int, feds: Sequence[Fed]) -> None:
-        """Notes that a call raised which took `feds`, the first of them for `step`."""
+    def note(self, step: int, feds: Sequence[Fed], error: Exception) -> None:
+        """Notes that a call raised `error` which took `feds`, the first of them for `step`."""
+        if isinstance(error, FloatingPointError):
+            error.add_note(
+                f"trainkit: this was step {step}, and trainer.state is the one before it. Without jax.debug_nans, "
+                'tk.callbacks.NanGuard("raise") finds such a step at no such price and keeps its batch for '
+                'trainer.replay; NanGuard("skip") passes over it, NanGuard("rollback") returns to a checkpoint.'
+            )
         self._failing = list(enumerate(feds, start=step))
 
     def keep(self, error: BaseException, state: TrainState) -> None:

@@ -79,7 +79,7 @@ class Engine:
         self.steps, self.strategy = steps, strategy
         self._collections = {"training": _with_loss_scale(collection) if scaled else collection}
         self._collections["evaluation"] = collection
-        self._prepared: dict[tuple[str, ...], tuple[Callable[..., Any], Accumulator, PyTree, Calls]] = {}
+        self._prepared: dict[tuple[Any, ...], tuple[Callable[..., Any], Accumulator, PyTree, Calls]] = {}
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._applied = KeptByFunction()
         self._settings = settings
@@ -193,7 +193,8 @@ class Engine:
             self.strategy.compile,
             inputs=(Role.STATE, Role.WHOLE, Role.WHOLE, self._rows, self._rows),
             outputs=(Role.STATE, Role.WHOLE),
-            donate=(0,),
+            # Where JAX looks at every result, it raises after the arguments are gone: the state is to be left whole.
+            donate=() if _debugs_numbers() else (0,),
         )
         prepared = self._prepare("training", self._train, compiled, state, traits, feed)
         self._last_calls = prepared.calls
@@ -359,16 +360,23 @@ class Engine:
         feed: Feed,
     ) -> Prepared:
         impl = key_impl(state)
-        key = (kind, impl, repr(signature(traits.outputs)), str(traits.weighted))
+        looks = _debugs_numbers()
+        key = (kind, impl, repr(signature(traits.outputs)), str(traits.weighted), looks)
         if key not in self._prepared:
             accumulator = Accumulator(self._collections[kind], weighted=traits.weighted)
             accumulator.specify(**traits.outputs)
             pure = functools.partial(step, accumulator, impl)
             run = compiled(pure)
-            calls = Calls(pure, run, self.strategy, self._settings)
+            calls = Calls(pure, run, self.strategy, ONE_BY_ONE if looks else self._settings)
             self._prepared[key] = run, accumulator, self.strategy.replicate(accumulator.empty()), calls
         run, accumulator, empty, calls = self._prepared[key]
         return Prepared(run, accumulator, empty, feed, calls)
+
+
+def _debugs_numbers() -> bool:
+    """Says whether JAX was told to raise at the first number that is not finite (`jax.debug_nans`)."""
+    config: Any = jax.config
+    return bool(config.jax_debug_nans or config.jax_debug_infs)
 
 
 def _strong(new: Any, old: Any) -> Any:

@@ -292,7 +292,7 @@ class Loop:
 
     def _note_failure(self, error: Exception, feds: Sequence[Fed]) -> None:
         read = [fed._replace(batch=self._supply.read(fed.batch)) for fed in feds]
-        self._failures.note(self.standing.step + 1, read)
+        self._failures.note(self.standing.step + 1, read, error)
         if isinstance(error, TypeError):
             for fed in read:  # names the leaf that no step can take, where that was the reason
                 check_batch(fed.batch)

@@ -1,16 +1,41 @@
 """`LinenModel`: how a `flax.linen` module is initialised, bound and run. Owns no state."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import flax.core
+import flax.errors
 import flax.linen as nn
 import jax
 
 from trainkit._core.typing import Variables
+from trainkit._models.casts import CastCalls, in_dtypes_of
 from trainkit._models.model import Model, ScopedFunction
 from trainkit._models.precision import Precision
 from trainkit._models.watch import Run, Watch, with_those_of, without
+
+
+@contextlib.contextmanager
+def _explained_first_call() -> Iterator[None]:
+    """Adds to an error about variables that are not there yet how they come to be."""
+    missing = (
+        flax.errors.ScopeCollectionNotFound,
+        flax.errors.ScopeParamNotFoundError,
+        flax.errors.ScopeVariableNotFoundError,
+        KeyError,
+    )
+    try:
+        yield
+    except missing as error:
+        if not isinstance(error, KeyError) or error.args == ("params",):
+            error.add_note(
+                "trainkit: this was the initialisation, where a module has no variables before it is first called: "
+                "model.variables, model.unbind() and ctx.params are empty. Call it once before they are read, e.g. "
+                "`if model.is_initializing(): model(batch['x'])`, or override init_variables."
+            )
+        raise
 
 
 class LinenModel(Model):
@@ -37,7 +62,8 @@ class LinenModel(Model):
     def init(self, fn: ScopedFunction, rng: jax.Array, *args: Any) -> dict[str, Any]:
         def attempt(run: Run) -> Any:
             # What is sown is there to be read back, "intermediates" too, which init leaves out unless told.
-            return nn.init(run.marking(fn), self.module, mutable=True)(run.keys(rng), *args)
+            with _explained_first_call():
+                return nn.init(run.marking(fn), self.module, mutable=True)(run.keys(rng), *args)
 
         return without(self._watch.settle("init", frozenset(), attempt), self._watch.sown)
 
@@ -46,39 +72,19 @@ class LinenModel(Model):
     ) -> tuple[Any, dict[str, Any]]:
         def attempt(run: Run) -> Any:
             fixed = flax.core.DenyList(("params", *run.fixed))
-            apply = nn.apply(run.marking(fn), self.module, mutable=fixed)
-            return apply(without(variables, run.sown), *args, rngs=run.keys(rng))
+            given = without(variables, run.sown)
+            if not self._precision.is_mixed:
+                return nn.apply(run.marking(fn), self.module, mutable=fixed)(given, *args, rngs=run.keys(rng))
+            casts = CastCalls(self._precision)
+            apply = nn.apply(run.marking(casts.watching(fn)), self.module, mutable=fixed)
+            with nn.intercept_methods(casts):
+                return apply(given, *args, rngs=run.keys(rng))
 
         # In evaluation the state stays as it is, but what the loss reads back from `sow` must still be there.
         kept = frozenset[str]() if train else frozenset(variables) - {"params"}
-        if not self._precision.is_mixed:
-            result, updated = self._watch.settle("train" if train else "eval", kept, attempt)
-            return result, self._carried(updated, variables)
-        variables = {**variables, "params": self._precision.to_compute(variables["params"])}
-        with nn.intercept_methods(_CastCalls(self._precision)):
-            result, updated = self._watch.settle("train" if train else "eval", kept, attempt)
-        return result, self._carried(updated, variables)
-
-    def _carried(self, updated: Variables, variables: Variables) -> dict[str, Any]:
+        result, updated = self._watch.settle("train" if train else "eval", kept, attempt)
         sown = self._watch.sown
-        return with_those_of(without(updated, sown), variables, sown)
-
-
-class _CastCalls:
-    """Casts what goes into and comes out of the module's own methods, called from the loss; not within them."""
-
-    def __init__(self, precision: Precision) -> None:
-        self._precision = precision
-        self._inside = False
-
-    def __call__(
-        self, method: ScopedFunction, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
-    ) -> Any:
-        if self._inside or context.module.path or context.method_name == "setup":
-            return method(*args, **kwargs)
-        self._inside = True
-        try:
-            args, kwargs = self._precision.to_compute((args, kwargs))
-            return self._precision.to_output(method(*args, **kwargs))
-        finally:
-            self._inside = False
+        carried = with_those_of(without(updated, sown), variables, sown)
+        if self._precision.is_mixed:
+            carried = {name: in_dtypes_of(variables.get(name), value) for name, value in carried.items()}
+        return result, carried

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from trainkit._core.state import TrainState
 from trainkit._core.tree import describe, differences, path_name, signature
 from trainkit._core.weighted import Weighted
+from trainkit._models.precision import Precision
 
 _RESERVED = ("loss", "mask")
 
@@ -130,6 +131,41 @@ def check_step_result(result: object) -> tuple[TrainState, dict[str, Any]]:
         )
     check_outputs("train_step", result[1])
     return result
+
+
+def check_unused(precision: Precision, remat: bool | Callable[..., bool]) -> None:
+    """Refuses settings that do nothing with a `train_step` that never calls the one of trainkit.
+
+    Args:
+        precision: of the trainer.
+        remat: of the trainer.
+
+    Raises:
+        ValueError: names the setting, and the ways out.
+    """
+    settings = {
+        f"precision={precision.compute!r}": (precision.is_mixed, "cast parameters and inputs there"),
+        f"remat={remat!r}": (bool(remat), "use nn.remat or jax.checkpoint there"),
+    }
+    for setting, (is_set, cure) in settings.items():
+        if is_set:
+            raise ValueError(
+                f"{setting} acts in the train_step of trainkit, and this trainer has its own, which does not call it. "
+                f"Call super().train_step(state, batch), or {cure} and leave {setting.split('=')[0]} out."
+            )
+
+
+def check_scales(scales: Mapping[str, Any], *, one_example: bool) -> None:
+    """Refuses fp8 layers where a gradient is a sum over calls of the model, one for each example.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if scales and one_example:
+        raise ValueError(
+            f"the model has fp8 layers: their scales in {', '.join(scales)} are largest values over a batch, and under "
+            "strategy='vmap' each example is a call of its own. Use strategy='jit' with a loss for the whole batch."
+        )
 
 
 def check_carried(old: TrainState, new: TrainState, after: Callable[[], TrainState]) -> None:

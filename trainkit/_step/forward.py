@@ -79,7 +79,7 @@ class Forward:
             policy = self._remat if callable(self._remat) else None
             forward = jax.checkpoint(forward, policy=policy)
         losses, outputs, updated = forward(variables, batch, self.real(batch, mask), step, rng)
-        check_losses(losses, self.rows(batch), one_example=self._sees_one_example)
+        check_losses(losses, self.rows(batch), one_example=self.sees_one_example)
         self.weighted = isinstance(losses, Weighted)
         return losses, outputs, updated
 
@@ -94,7 +94,7 @@ class Forward:
         """Returns what `predict_step` gives, leaves `[batch, ...]`."""
 
         def forward(variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array) -> Any:
-            ctx = StepContext(train=False, step=step, rng=rng, mask=mask)
+            ctx = StepContext(train=False, step=step, rng=rng, mask=mask, params=variables["params"])
             result, _ = self._model.apply(self._user.predict_step, variables, rng, batch, ctx, train=False)
             return result, {}, {}
 
@@ -125,16 +125,17 @@ class Forward:
 
         one_row, step = jnp.zeros((1,)), jnp.zeros((), jnp.int32)
         result = self._strategy.map_forward(forward)(variables, one_row, jnp.ones((1,), bool), step, rng)[0]
-        return jax.tree.map(lambda leaf: leaf[0], result) if self._sees_one_example else result
+        return jax.tree.map(lambda leaf: leaf[0], result) if self.sees_one_example else result
 
     @functools.cached_property
-    def _sees_one_example(self) -> bool:
+    def sees_one_example(self) -> bool:
+        """Whether the loss is called with one example at a time."""
         return jax.eval_shape(self._strategy.example, jax.ShapeDtypeStruct((1,), bool)).ndim == 0
 
     def _loss(
         self, train: bool, variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array
     ) -> Any:
-        ctx = StepContext(train=train, step=step, rng=rng, mask=mask)
+        ctx = StepContext(train=train, step=step, rng=rng, mask=mask, params=variables["params"])
         (losses, outputs), updated = self._model.apply(
             self._checked_loss, variables, rng, batch, ctx, train=train
         )
@@ -143,6 +144,6 @@ class Forward:
         return losses, outputs, carried
 
     def _checked_loss(self, module: Any, batch: Batch, ctx: StepContext) -> tuple[jax.Array, dict[str, Any]]:
-        with explained_shapes(batch, one_example=self._sees_one_example):
+        with explained_shapes(batch, one_example=self.sees_one_example):
             result = self._user.loss(module, batch, ctx)
         return check_loss_result(result)

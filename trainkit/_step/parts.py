@@ -30,6 +30,7 @@ class Pass(NamedTuple):
         outputs: of the loss.
         updated: the collections it changed.
         grads: of `loss`.
+        replaced: the collection that its own gradient replaces, `{}` where there is none.
     """
 
     loss: jax.Array
@@ -38,6 +39,7 @@ class Pass(NamedTuple):
     outputs: dict[str, Any]
     updated: dict[str, Any]
     grads: PyTree
+    replaced: dict[str, Any]
 
 
 @flax.struct.dataclass

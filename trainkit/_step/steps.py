@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainkit._core.state import TrainState, key_of, with_raw_key, with_typed_key
+from trainkit._core.state import OVERWRITTEN, TrainState, key_of, with_raw_key, with_typed_key
 from trainkit._core.tree import select
 from trainkit._core.typing import Batch, Outputs, PyTree, Variables
 from trainkit._core.weighted import Weighted
 from trainkit._models.model import Model
 from trainkit._models.precision import Precision
-from trainkit._step.checks import check_outputs, check_step_result
+from trainkit._step.checks import check_outputs, check_scales, check_step_result, check_unused
 from trainkit._step.forward import Forward, UserFunctions
 from trainkit._step.guard import settle, unless_weightless
 from trainkit._step.losses import for_metrics, mean_share, of_all, quotient
@@ -45,7 +45,8 @@ class Steps:
         self._model, self._tx, self._strategy, self._user = model, tx, strategy, user
         self._forward = Forward(model, strategy, user, remat)
         self._hooks = (loss_scale_hook(), *hooks) if precision.scaled else hooks
-        self._precision, self._accumulate = precision, accumulate
+        self._precision, self._accumulate, self._remat = precision, accumulate, remat
+        self._default_is_used = user.train_step is None
         self.traces = TraceLog()
 
     # Initialisation -------------------------------------------------------------------------------------------
@@ -147,6 +148,7 @@ class Steps:
 
     def default_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """What `Trainer.train_step` does unless it is overridden: every row of `batch` is real."""
+        self._default_is_used = True
         done = self._update(state, ((batch, None),))
         new_state = done.state
         if done.weight is not None:
@@ -158,6 +160,8 @@ class Steps:
             return self._update(state, parts)
         ((batch, _),) = parts
         new_state, outputs = check_step_result(self._user.train_step(state, batch))
+        if not self._default_is_used:
+            check_unused(self._precision, self._remat)
         loss = outputs.get("loss")
         if loss is not None:  # hooks are told the same on every replica
             loss = self._mean_told(jnp.asarray(loss), outputs)
@@ -187,7 +191,9 @@ class Steps:
             for_metrics(one.losses, one.outputs, mask, self._forward.rows(batch))
             for one, (batch, mask) in zip(passes, parts, strict=True)
         ]
-        merged = self._strategy.merge_collections(model_state)
+        # The scales of fp8 are largest values: over all batches and replicas they are those of the joined batch.
+        replaced = self._strategy.max(functools.reduce(_larger, (one.replaced for one in passes)))
+        merged = {**self._strategy.merge_collections(model_state), **replaced}
         if self._precision.scaled:
             scale = state.hooks[LOSS_SCALE].scale
             grads = jax.tree.map(lambda grad: grad / scale.astype(grad.dtype), grads)
@@ -232,8 +238,11 @@ class Steps:
     ) -> Pass:
         scale = state.hooks[LOSS_SCALE].scale if self._precision.scaled else None
 
-        def objective(params: PyTree) -> tuple[jax.Array, tuple[Any, ...]]:
-            variables = {**model_state, "params": params}
+        scales = {name: model_state[name] for name in (OVERWRITTEN,) if name in model_state}
+        check_scales(scales, one_example=self._forward.sees_one_example)
+
+        def objective(params: PyTree, scales: dict[str, Any]) -> tuple[jax.Array, tuple[Any, ...]]:
+            variables = {**model_state, **scales, "params": params}
             losses, outputs, updated = self._forward.losses(
                 variables, batch, mask, state.step, rng, train=True
             )
@@ -243,8 +252,9 @@ class Steps:
                 loss, weight = mean_share(losses, mask, self._forward.rows(batch) or 1, examples), None
             return loss if scale is None else loss * scale, (loss, weight, losses, outputs, updated)
 
-        grads, (loss, weight, losses, outputs, updated) = jax.grad(objective, has_aux=True)(state.params)
-        return Pass(loss, weight, losses, outputs, updated, grads)
+        gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)
+        (grads, replaced), (loss, weight, losses, outputs, updated) = gradient(state.params, scales)
+        return Pass(loss, weight, losses, outputs, updated, grads, replaced)
 
     def _examples(self, parts: Parts) -> jax.Array | None:
         """Returns the real examples of the whole step, None where it is one batch of one program."""
@@ -346,6 +356,9 @@ def _traced_once(fn: Callable[..., Any]) -> Any:
     Tracing a model takes as long as compiling a small one, and it is looked at before it is compiled.
     """
     return jax.jit(fn, inline=True)
+
+
+_larger = functools.partial(jax.tree.map, jnp.maximum)
 
 
 def _step_key(state: TrainState) -> jax.Array:

@@ -71,6 +71,10 @@ class Strategy(abc.ABC):
         """Returns sums over all replicas of what each has; `tree` itself when a step is one program."""
         return tree if self.replica_axis is None else jax.lax.psum(tree, self.replica_axis)
 
+    def max(self, tree: PyTree) -> PyTree:
+        """Returns the largest values over all replicas of what each has; `tree` itself when a step is one program."""
+        return tree if self.replica_axis is None else jax.lax.pmax(tree, self.replica_axis)
+
     # Around a step ------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
