@@ -7,7 +7,6 @@ evaluation; then the checkpoint says what is owed, and the fit that goes on with
 """
 
 import functools
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,8 @@ from trainkit._core.state import TrainState, with_raw_key, with_typed_key
 from trainkit._core.typing import Batch
 from trainkit._debug.failures import Failures
 from trainkit._engine.engine import Engine, key_impl
-from trainkit._feed.intake import Intake, RowIntake
+from trainkit._feed.intake import Intake, RowIntake, intake_of
+from trainkit._feed.stream import Stream
 from trainkit._loop.dispatch import Dispatcher, before_checkpoints, checkpoints, guards
 from trainkit._loop.evaluate import evaluate
 from trainkit._loop.interrupts import Interrupts, agree
@@ -39,7 +39,6 @@ from trainkit.callbacks._callback import Callback, Rollback, Save, Stop, Update
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.callbacks._info import Info
 from trainkit.checkpoint._store import Contents
-from trainkit.data._arrays import RowNumbers
 from trainkit.data._batch import batch_size_of, check_batch, spec_of
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.writers._writer import MetricWriter
@@ -74,12 +73,13 @@ class Loop:
         self._engine, self._request, self._history, self._clock = engine, request, history, clock
         self._interrupts = interrupts
         self._supply = engine.supply(request.source)
-        # Where data are held their rows are numbered from here on.
-        self._batches = None if self._supply.holds else itertools.chain([first], batches)
         position.rows = request.source.batch_size or max(position.rows, batch_size_of(spec_of(first)))
         self._prepared = engine.prepare_train(state, request.source, first, position.rows)
         self._step = int(state.step) if resumed is None else resumed.step
         begun = position.epoch - (1 if position.batch else 0)
+        # Where data are held their rows are numbered from here on.
+        batches = self._supply.batches(begun, position.batch) if self._supply.holds else batches
+        self._intake, self._opened = self._intake_of(batches), True
         self._first_step, self._first_epoch = self._step, begun
         if resumed is not None:
             self._first_step, self._first_epoch = resumed.first_step, resumed.first_epoch
@@ -112,6 +112,11 @@ class Loop:
     def state(self) -> TrainState:
         """The train state after the last step."""
         return with_typed_key(self._raw, self._impl)
+
+    @property
+    def unread(self) -> Stream | None:
+        """The pass that the fit stopped in, to be gone on with; None where it is reached by its number alone."""
+        return self._intake.put_down(self.position.batch)
 
     # One fit --------------------------------------------------------------------------------------------------
 
@@ -217,15 +222,13 @@ class Loop:
         self._epoch_metrics = NO_METRICS
 
     def _open_pass(self) -> Intake | RowIntake:
-        batches, self._batches = self._batches, None
-        if batches is None:
-            batches = self._supply.batches(self.position.epoch - 1, self.position.batch)
-        feed = self._prepared.feed
-        if self._request.accumulate > 1:
-            return Intake(_grouped(batches, self._request.accumulate), feed.place_group)
-        if isinstance(batches, RowNumbers):
-            return RowIntake(batches, feed.place)
-        return Intake(batches, feed.place)
+        if not self._opened:
+            self._intake = self._intake_of(self._supply.batches(self.position.epoch - 1, self.position.batch))
+        self._opened = False
+        return self._intake
+
+    def _intake_of(self, batches: Iterator[Any]) -> Intake | RowIntake:
+        return intake_of(batches, self._prepared.feed, self._request.accumulate)
 
     def _run_pass(self, intake: Intake | RowIntake) -> None:
         calls, metrics = self._prepared.calls, self._metrics
@@ -252,6 +255,8 @@ class Loop:
             self._step += len(feds)
             self.position.batch += sum([fed.batches for fed in feds])
             self._pass_begun = True
+            if self._step >= due:
+                intake.mark(self.position.batch)
             # Looking one batch ahead tells whether this was the last step of the pass, and overlaps the step.
             try:
                 more = intake.more()
@@ -367,6 +372,8 @@ class Loop:
             epoch_end_owed=self._owed_epoch_end,
             stopped_by=None if self._interrupted else self.stopped_by,
             choice=None if (choice := self._prepared.calls.choice) is None else str(choice),
+            data=self._request.source.facts(),
+            place=self._intake.place(self.position.batch),
             **self._record.state(self._step),
         )
         return contents_of(self.state, saved, labels)
@@ -436,11 +443,6 @@ class Loop:
             return
         new = self._engine.updated(self.state, action.fn, by=type(callback).__name__)
         self._raw = with_raw_key(new)
-
-
-def _grouped(batches: Iterator[Batch], size: int) -> Iterator[tuple[Batch, ...]]:
-    while group := tuple(itertools.islice(batches, size)):
-        yield group
 
 
 def direction_of(accumulator: Accumulator, name: str) -> str | None:

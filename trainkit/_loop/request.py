@@ -25,6 +25,13 @@ class Request:
     callbacks: tuple[Callback, ...]
     logdir: pathlib.Path | None
 
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.source.endless:
+            raise ValueError(
+                f"epochs={self.epochs} with data that have no end: no pass over them is ever done. Give steps=, or cut "
+                "them, tk.data.take(data, batches)."
+            )
+
 
 def plan_of(request: Request, step: int, position: Position, first_step: int, first_epoch: int) -> Plan:
     """Returns how far a fit is going to run.

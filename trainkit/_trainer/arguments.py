@@ -1,14 +1,16 @@
 """The arguments of a trainer: refused early, with what was got, what is allowed and what to do. Owns no state."""
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import clu.metrics
 
 from trainkit._core.cadence import as_cadence
-from trainkit._core.position import Position
 from trainkit._engine.engine import Engine
+from trainkit._feed.stream import Stream
+from trainkit._loop.run import Run
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._log_metrics import LogMetrics
 from trainkit.data._source import Source, as_source
@@ -116,16 +118,21 @@ def first_spec(source: Source) -> Any:
     return None if batch is None else batch.spec()
 
 
-def peek(engine: Engine, source: Source, position: Position) -> tuple[Any, Iterator[Any]]:
-    """Returns the first batch from where the data stand, and the iterator over the others."""
-    epoch = position.epoch - 1 if position.batch else position.epoch
-    batches = engine.batches(source, epoch, position.batch)
+def peek(engine: Engine, source: Source, run: Run) -> tuple[Any, Iterator[Any]]:
+    """Returns the first batch from where the run stands in its data, and the iterator over it and the others."""
+    position, placed = run.position, run.place is not None
+    batches = run.open(engine, source)
     first = next(batches, None)
-    if first is None and position.batch:
+    if first is None and (position.batch or placed):
+        # It was saved behind the last batch, which only the end of the data tells.
         position.batch = 0
-        return peek(engine, source, position)
+        run.put_down(None)
+        return peek(engine, source, run)
     if first is None:
         raise ValueError("the training source is empty: it gave no batch. Give data with at least one.")
+    if not isinstance(batches, Stream):
+        return first, itertools.chain([first], batches)
+    batches.put_back(first)
     return first, batches
 
 

@@ -225,7 +225,7 @@ class Trainer(Overridable):
             as_cadence(eval_every, "eval_every")
         source, evaluations = as_source(data), eval_sources(eval_data)
         stores = self._checkpoints() if resume else []
-        self._run.aim_at(data)
+        source = self._run.aim_at(data, source)
         request = Request(
             fit=self._run.fits + 1,
             source=source,
@@ -249,7 +249,7 @@ class Trainer(Overridable):
         ):
             found = self._run.find(stores, writer, self._steps_done)
             saved = None if found is None else found[1]
-            first, batches = peek(self._engine, source, self._run.position)
+            first, batches = peek(self._engine, source, self._run)
             if found is not None:
                 current = self._state or self._engine.init_spec(first)
                 self._state = restore_state(self._engine, found[0], found[1].step, current)
@@ -282,6 +282,7 @@ class Trainer(Overridable):
                 return loop.run()
             finally:
                 self._state, self._shown = loop.state, True
+                self._run.put_down(loop.unread)
 
     @final
     def evaluate(self, data: Any, *, weights: Literal["ema", "live"] = "ema") -> dict[str, Any]:
