@@ -25,6 +25,7 @@ from trainkit.data._arrays import Arrays
 from trainkit.data._batch import GlobalBatch, batch_size_of, check_batch, spec_of, unpad
 from trainkit.data._source import Source
 from trainkit.hooks._ema import find_ema, view
+from trainkit.hooks._loss_scale import SkippedUpdates
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.parallel._strategy import Role, Strategy
 
@@ -39,7 +40,7 @@ def _with_loss_scale(collection: type[clu.metrics.Collection]) -> type[clu.metri
     """Returns `collection` with the loss scale and the share of skipped updates, for training in float16."""
     extra = {
         "loss_scale": clu.metrics.LastValue.from_output("loss_scale"),
-        "skipped_updates": clu.metrics.Average.from_output("skipped_updates"),
+        "skipped_updates": SkippedUpdates,
     }
     return flax.struct.dataclass(type(collection.__name__, (collection,), {"__annotations__": extra}))
 

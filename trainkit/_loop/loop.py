@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from trainkit._calls.choice import Choice
-from trainkit._core.cadence import NEVER, Every
+from trainkit._core.cadence import NEVER, At, Every
 from trainkit._core.history import History
 from trainkit._core.position import Position
 from trainkit._core.state import TrainState, with_raw_key, with_typed_key
@@ -28,10 +28,10 @@ from trainkit._loop.dispatch import Dispatcher, before_checkpoints, checkpoints,
 from trainkit._loop.evaluate import evaluate
 from trainkit._loop.interrupts import Interrupts, agree
 from trainkit._loop.record import Record
-from trainkit._loop.request import Request, plan_of
+from trainkit._loop.request import LAST_STEP, Request, plan_of, refuse_overflow
 from trainkit._loop.result import FitResult
 from trainkit._loop.timetable import Chore, Timetable
-from trainkit._loop.train_metrics import NO_METRICS, TrainMetrics
+from trainkit._loop.train_metrics import NO_METRICS, TrainMetrics, read_only
 from trainkit._resume.choose import newest_of
 from trainkit._resume.restore import restore_state
 from trainkit._resume.saved import Saved, contents_of, load_saved
@@ -71,7 +71,7 @@ class Loop:
         self._raw, self._impl, self.position = with_raw_key(state), key_impl(state), position
         self.stopped_by: str | None = None
         self._engine, self._request, self._history, self._clock = engine, request, history, clock
-        self._interrupts = interrupts
+        self._interrupts, self._shown_history = interrupts, history.shown()
         self._supply = engine.supply(request.source)
         position.rows = request.source.batch_size or max(position.rows, batch_size_of(spec_of(first)))
         self._prepared = engine.prepare_train(state, request.source, first, position.rows)
@@ -160,7 +160,7 @@ class Loop:
         self._chores = Timetable(self._make_chores(), self._step)
 
     def _make_chores(self) -> list["Chore"]:
-        chores = [Chore(_SEGMENT, self._metrics.cut)]
+        chores = [Chore(_SEGMENT, self._metrics.cut), Chore(At(steps=(LAST_STEP,)), refuse_overflow)]
         ahead = self._engine.strategy.in_flight
         if ahead:
             chores.append(Chore(Every(steps=ahead), lambda: jax.block_until_ready(self._metrics.packed)))
@@ -341,7 +341,7 @@ class Loop:
                 self._stop_if_interrupted()
                 return False
             metrics |= {f"{name}/{metric}": value for metric, value in values.items()}
-        self._eval_metrics = metrics
+        self._eval_metrics = read_only(metrics)
         self._dispatch.call("on_eval_end")
         self._eval_metrics = NO_METRICS
         return True
@@ -410,7 +410,7 @@ class Loop:
             epoch=self.position.epoch,
             state=lambda: self.state,
             metrics=functools.partial(self._metrics_for, callback, hook),
-            history=self._history,
+            history=self._shown_history,
             logdir=self._request.logdir,
             writer=self._record.writer(callback),
             plan=self._plan,

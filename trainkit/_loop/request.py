@@ -10,6 +10,17 @@ from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._info import Plan
 from trainkit.data._source import Source
 
+LAST_STEP = 2**31 - 1
+"""The largest number that `state.step`, an int32, holds."""
+
+
+def refuse_overflow() -> None:
+    """Refuses the step after the last one that can be counted."""
+    raise OverflowError(
+        f"state.step is {LAST_STEP}, the largest int32: the next update would make it negative, and with it every key, "
+        "schedule and log. Start a run of its own from the weights: trainer.state = state.replace(step=0)."
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -43,6 +54,8 @@ def plan_of(request: Request, step: int, position: Position, first_step: int, fi
         first_step: updates completed when it began, before it was resumed.
         first_epoch: passes completed then.
     """
+    if step >= LAST_STEP:
+        refuse_overflow()
     per_epoch = request.source.steps_per_epoch
     last_epoch = None if request.epochs is None else first_epoch + request.epochs
     steps = None if request.steps is None else first_step + request.steps
