@@ -6,7 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+import trainkit as tk
 from tests.helpers.infos import Recorder, make_info
+from tests.helpers.weight import Weight
 from trainkit._core.cadence import Every
 from trainkit._core.state import TrainState
 from trainkit.callbacks import LearningRate
@@ -128,3 +130,40 @@ def test_arguments():
         LearningRate(50)
     with pytest.raises(TypeError, match=r"schedule=0.1.*function"):
         LearningRate(schedule=0.1)
+
+
+class Poisoned(tk.Trainer):
+    """Takes float32[rows]; a batch of NaN gives a gradient that is not finite."""
+
+    def loss(self, model, batch, ctx):
+        return batch * model(), {}
+
+
+BAD = np.full(4, np.nan, np.float32)
+GOOD = np.ones(4, np.float32)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "plain"])
+@pytest.mark.parametrize("make", [optax.sgd, optax.adam], ids=["sgd", "adam"])
+def test_skipped_updates_do_not_move_the_rate(make, compiled):
+    schedule = SCHEDULE if compiled else lambda count: float(0.5 ** (count / 10))
+    given = SCHEDULE
+    log = LearningRate(Every(steps=1), schedule=schedule)
+    trainer = Poisoned(Weight(), make(given), callbacks=[tk.callbacks.NanGuard("skip"), log])
+    result = trainer.fit([GOOD, BAD, BAD, GOOD], epochs=1)
+    rates = [value for _, value in result.history["learning_rate"]]
+    np.testing.assert_allclose(rates, [SCHEDULE(n) for n in (0, 0, 0, 1)], rtol=1e-6)
+
+
+def test_updates_that_wait_for_others_do_not_move_the_rate():
+    tx = optax.MultiSteps(optax.adam(SCHEDULE), every_k_schedule=2).gradient_transformation()
+    rows = run(LearningRate(schedule=SCHEDULE), make_state(tx), steps=6, every=1)
+    rates = [row["learning_rate"] for _, row in rows]
+    np.testing.assert_allclose(rates, [SCHEDULE(n) for n in (0, 0, 0, 1, 1, 2)], rtol=1e-6)
+
+
+def test_without_a_count_the_step_is_what_there_is():
+    rows = run(LearningRate(schedule=SCHEDULE), make_state(optax.sgd(0.1)), steps=3, every=1)
+    np.testing.assert_allclose(
+        [row["learning_rate"] for _, row in rows], [SCHEDULE(n) for n in range(3)], rtol=1e-6
+    )

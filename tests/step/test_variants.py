@@ -227,6 +227,16 @@ def test_a_setting_that_an_own_train_step_never_reaches_is_refused(setting):
     )
 
 
+def test_the_share_of_skipped_updates_counts_updates_and_not_micro_batches():
+    good, bad = arrays(16), {**arrays(16), "x": np.full((16, 8), 1e6, np.float32)}
+    log = tk.callbacks.LogMetrics(every=tk.Every(steps=4))
+    model = Net(norm=False, rate=0.0)
+    trainer = NetTrainer(model, optax.sgd(0.1), precision="float16", accumulate=3, callbacks=[log])
+    # Four updates, the last of one batch, which overflows.
+    result = trainer.fit([good] * 9 + [bad], epochs=1)
+    assert result.history["train/skipped_updates"] == [(4, 0.25)]
+
+
 def test_unknown_precision():
     with pytest.raises(ValueError, match=r"precision='fp8'.*'bfloat16'"):
         NetTrainer(Net(), optax.sgd(0.1), precision="fp8")

@@ -48,6 +48,10 @@ class History(Mapping[str, list[tuple[int, float]]]):
     def __contains__(self, name: object) -> bool:
         return name in self._series
 
+    def shown(self) -> "History":
+        """Returns a view of this history, as it is at any time, through which it can't be changed."""
+        return _Shown(self)
+
     def last(self, name: str) -> float:
         """Returns the newest value of `name`."""
         return self._named(name)[1][-1]
@@ -89,6 +93,26 @@ class History(Mapping[str, list[tuple[int, float]]]):
                 f"nothing was logged as {name!r}; the names are {', '.join(sorted(self._series)) or 'none'}"
             )
         return self._series[name]
+
+
+class _Shown(History):
+    def __init__(self, of: History) -> None:
+        self._of = of
+
+    @property
+    def _series(self) -> dict[str, "_Series"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._of._series
+
+    def append(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._refuse()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._refuse()
+
+    def _refuse(self) -> None:
+        raise AttributeError(
+            "info.history is read-only. To log a scalar write it, info.writer.write_scalars(info.step, {name: value})."
+        )
 
 
 def _series(steps: list[int], values: list[float]) -> "_Series":

@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import clu.metrics
@@ -18,6 +18,7 @@ from trainkit._engine.applied import KeptByFunction, check_applied
 from trainkit._engine.eval_loop import LoopedFeed, looped
 from trainkit._feed.feed import Feed, SharedFeed, UnitFeed
 from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
+from trainkit._feed.stream import Stream
 from trainkit._step.checks import explained_errors
 from trainkit._step.inspection import Traits, inspect_eval, inspect_train
 from trainkit._step.steps import Steps
@@ -25,6 +26,7 @@ from trainkit.data._arrays import Arrays
 from trainkit.data._batch import GlobalBatch, batch_size_of, check_batch, spec_of, unpad
 from trainkit.data._source import Source
 from trainkit.hooks._ema import find_ema, view
+from trainkit.hooks._loss_scale import SkippedUpdates
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.parallel._strategy import Role, Strategy
 
@@ -39,7 +41,7 @@ def _with_loss_scale(collection: type[clu.metrics.Collection]) -> type[clu.metri
     """Returns `collection` with the loss scale and the share of skipped updates, for training in float16."""
     extra = {
         "loss_scale": clu.metrics.LastValue.from_output("loss_scale"),
-        "skipped_updates": clu.metrics.Average.from_output("skipped_updates"),
+        "skipped_updates": SkippedUpdates,
     }
     return flax.struct.dataclass(type(collection.__name__, (collection,), {"__annotations__": extra}))
 
@@ -103,9 +105,24 @@ class Engine:
             return source.kept_batches(epoch, start)
         return iter(source.global_batches(epoch, start))
 
+    def open(
+        self, source: Source, epoch: int, start: int = 0, place: Mapping[str, Any] | None = None
+    ) -> Iterator[Any]:
+        """Returns the batches of a pass to train on: a `Stream` where the source can't seek.
+
+        Args:
+            source: of the batches.
+            epoch: the number of the pass, from 0.
+            start: index of the first batch.
+            place: see `Stream`.
+        """
+        if source.seekable:
+            return self.batches(source, epoch, start)
+        return Stream(source, epoch, start, place, in_parts=self.strategy.processes > 1)
+
     def supply(self, source: Source) -> Supply:
         """Says how the batches of a training source get to the step."""
-        whole = Supply(NOTHING, functools.partial(self.batches, source))
+        whole = Supply(NOTHING, functools.partial(self.open, source))
         arrays = can_hold(source, self.strategy)
         if arrays is None:
             return whole

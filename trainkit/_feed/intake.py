@@ -3,12 +3,14 @@
 Owns the look ahead; placing is the feed's.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from trainkit._feed.feed import Fed
+from trainkit._feed.feed import Fed, Feed
+from trainkit._feed.stream import Stream
 from trainkit.data._arrays import RowNumbers
 from trainkit.data._batch import check_batch, spec_of
 
@@ -54,6 +56,15 @@ class RowIntake:
         """Says whether there is another batch."""
         return len(self._numbers.head) > 0
 
+    def mark(self, used: int) -> None:
+        """As `Intake.mark`: a number of batches says it all."""
+
+    def place(self, used: int) -> None:
+        """As `Intake.place`."""
+
+    def put_down(self, used: int) -> None:
+        """As `Intake.put_down`."""
+
     def first(self) -> Fed:
         """Returns the next batch, and leaves it where it is."""
         return self._place(self._numbers.head)
@@ -72,11 +83,13 @@ class Intake:
 
     Args:
         batches: of the source.
-        place: puts one on the devices.
+        place: puts one on the devices; a tuple of several where `group` is above 1.
+        group: how many make one step.
     """
 
-    def __init__(self, batches: Iterator[Any], place: Callable[[Any], Fed]) -> None:
-        self._batches, self._place = batches, place
+    def __init__(self, batches: Iterator[Any], place: Callable[[Any], Fed], group: int = 1) -> None:
+        self._batches, self._placing, self._group = batches, place, group
+        self._sound = True
         self._ahead: Any = _UNREAD
         self._fed: Fed | None = None
         self._error: Exception | None = None
@@ -87,8 +100,36 @@ class Intake:
             error, self._error = self._error, None
             raise error
         if self._ahead is _UNREAD:
-            self._ahead = next(self._batches, _END)
+            self._sound = False
+            if self._group == 1:
+                self._ahead = next(self._batches, _END)
+            else:
+                self._ahead = tuple(itertools.islice(self._batches, self._group)) or _END
+            self._sound = True
         return self._ahead is not _END
+
+    def mark(self, used: int) -> None:
+        """Notes where the source stands after `used` batches of the pass, where it can tell; before `more`."""
+        if isinstance(self._batches, Stream):
+            self._batches.mark(used)
+
+    def place(self, used: int) -> dict[str, Any] | None:
+        """Returns where the source stood after `used` batches, None where their number says it."""
+        return self._batches.place(used) if isinstance(self._batches, Stream) else None
+
+    def put_down(self, used: int) -> Stream | None:
+        """Returns the source to be gone on with, what was looked at put back; None where it is to be opened anew.
+
+        Args:
+            used: batches of the pass used. Where others were taken too, a step that took them failed.
+        """
+        stream, ahead = self._batches, self._ahead
+        if not isinstance(stream, Stream) or ahead is _END:
+            return None
+        if ahead is not _UNREAD:
+            stream.put_back(*(ahead if self._group > 1 else (ahead,)))
+            self._ahead = _UNREAD
+        return stream if self._sound and stream.read == used else None
 
     def first(self) -> Fed:
         """Returns the next batch, and leaves it where it is."""
@@ -121,7 +162,14 @@ class Intake:
 
     def _placed(self, batch: Any) -> Fed:
         try:
-            return self._place(batch)
+            return self._placing(batch)
         except TypeError:
             check_batch(spec_of(batch))  # names the leaf that no step can take, where that was the reason
             raise
+
+
+def intake_of(batches: Iterator[Any], feed: Feed, group: int) -> Intake | RowIntake:
+    """Returns the intake of a pass, `group` batches of which make one step."""
+    if group > 1:
+        return Intake(batches, feed.place_group, group)
+    return RowIntake(batches, feed.place) if isinstance(batches, RowNumbers) else Intake(batches, feed.place)

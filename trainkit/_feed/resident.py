@@ -11,8 +11,8 @@ import numpy as np
 
 from trainkit._core.typing import Batch, PyTree
 from trainkit.data._arrays import Arrays
+from trainkit.data._base import Source
 from trainkit.data._batch import batch_size_of
-from trainkit.data._source import Source
 from trainkit.parallel._strategy import Strategy
 
 NOTHING: PyTree = ()

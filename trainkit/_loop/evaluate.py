@@ -112,6 +112,8 @@ class _Rows:
 
 
 def _peek(engine: Engine, source: Source) -> tuple[Any, Iterator[Any]]:
+    if source.endless:
+        raise ValueError("the source has no end. Cut it: tk.data.take(data, batches).")
     batches = engine.batches(source, 0)
     first = next(batches, None)
     if first is None:

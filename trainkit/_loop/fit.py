@@ -3,12 +3,12 @@
 Owns the way in and out; what happens in between is the loop's.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from trainkit._core.position import Position
 from trainkit._core.state import TrainState
 from trainkit._core.tree import copy_arrays
 from trainkit._core.typing import Batch
@@ -16,6 +16,7 @@ from trainkit._engine.compile_ahead import compile_ahead
 from trainkit._engine.compile_cache import kept_on_disk
 from trainkit._engine.cpu_settings import arena_is_shared
 from trainkit._engine.engine import Engine
+from trainkit._feed.stream import Stream
 from trainkit._loop.interrupts import Interrupts
 from trainkit._loop.loop import Loop
 from trainkit._loop.request import Request
@@ -23,8 +24,8 @@ from trainkit._loop.result import FitResult
 from trainkit._loop.run import Ongoing, Run
 from trainkit._resume.restore import restore_state
 from trainkit._resume.saved import Saved
+from trainkit.data._base import Source
 from trainkit.data._batch import GlobalBatch
-from trainkit.data._source import Source
 from trainkit.writers._logdir import locked
 from trainkit.writers._open import open_writers
 from trainkit.writers._writer import MetricWriter
@@ -61,7 +62,7 @@ def _fit(
 ) -> FitResult:
     found = run.find(request.stores, writer)
     saved = None if found is None else found[1]
-    first, batches = peek(engine, request.source, run.position)
+    first, batches = peek(engine, request.source, run)
     if found is not None:
         current = run.state or engine.init_spec(first)
         run.state, run.shown = restore_state(engine, found[0], found[1].step, current), False
@@ -87,6 +88,7 @@ def _fit(
         return loop.run()
     finally:
         run.state, run.shown = loop.standing.state, True
+        run.put_down(loop.unread)
 
 
 def _done_before(run: Run, saved: Saved) -> FitResult:
@@ -122,14 +124,19 @@ def first_spec(source: Source) -> Any:
     return None if batch is None else batch.spec()
 
 
-def peek(engine: Engine, source: Source, position: Position) -> tuple[Any, Iterator[Any]]:
-    """Returns the first batch from where the data stand, and the iterator over the others."""
-    epoch = position.epoch - 1 if position.batch else position.epoch
-    batches = engine.batches(source, epoch, position.batch)
+def peek(engine: Engine, source: Source, run: Run) -> tuple[Any, Iterator[Any]]:
+    """Returns the first batch from where the run stands in its data, and the iterator over it and the others."""
+    position, placed = run.position, run.place is not None
+    batches = run.open(engine, source)
     first = next(batches, None)
-    if first is None and position.batch:
+    if first is None and (position.batch or placed):
+        # It was saved behind the last batch, which only the end of the data tells.
         position.batch = 0
-        return peek(engine, source, position)
+        run.put_down(None)
+        return peek(engine, source, run)
     if first is None:
         raise ValueError("the training source is empty: it gave no batch. Give data with at least one.")
+    if not isinstance(batches, Stream):
+        return first, itertools.chain([first], batches)
+    batches.put_back(first)
     return first, batches

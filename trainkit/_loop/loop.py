@@ -6,7 +6,6 @@ step: `on_step` (guards, writers, monitors), the evaluation with its hooks, `on_
 evaluation; then the checkpoint says what is owed, and the fit that goes on with it settles that first.
 """
 
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 
 from trainkit._calls.choice import Choice
-from trainkit._core.cadence import NEVER, Every
+from trainkit._core.cadence import NEVER, At, Every
 from trainkit._core.history import History
 from trainkit._core.position import Position
 from trainkit._core.state import TrainState
@@ -22,21 +21,21 @@ from trainkit._core.typing import Batch
 from trainkit._debug.failures import Failures
 from trainkit._engine.engine import Engine
 from trainkit._feed.feed import Fed
-from trainkit._feed.intake import Intake, RowIntake
+from trainkit._feed.intake import Intake, RowIntake, intake_of
+from trainkit._feed.stream import Stream
 from trainkit._loop.dispatch import Dispatcher, before_checkpoints, checkpoints, guards
 from trainkit._loop.evaluate import evaluate
 from trainkit._loop.interrupts import Interrupts, agree
 from trainkit._loop.record import Record
-from trainkit._loop.request import Request
+from trainkit._loop.request import LAST_STEP, Request, refuse_overflow
 from trainkit._loop.result import FitResult
 from trainkit._loop.saving import Saving
 from trainkit._loop.standing import standing_of
 from trainkit._loop.stopwatch import Stopwatch
 from trainkit._loop.timetable import Chore, Timetable
 from trainkit._loop.told import Told
-from trainkit._loop.train_metrics import NO_METRICS, TrainMetrics
+from trainkit._loop.train_metrics import NO_METRICS, TrainMetrics, read_only
 from trainkit._resume.saved import Saved
-from trainkit.data._arrays import RowNumbers
 from trainkit.data._batch import batch_size_of, check_batch, spec_of
 from trainkit.writers._writer import MetricWriter
 
@@ -72,11 +71,13 @@ class Loop:
         self._engine, self._request, self._history, self._watch = engine, request, history, watch
         self._interrupts, self._clock = interrupts, watch.clock
         self._supply = engine.supply(request.source)
-        # Where data are held their rows are numbered from here on.
-        self._batches = None if self._supply.holds else itertools.chain([first], batches)
         position.rows = request.source.batch_size or max(position.rows, batch_size_of(spec_of(first)))
         self._prepared = engine.prepare_train(state, request.source, first, position.rows)
         self.standing = standing_of(request, state, position, resumed)
+        # Where data are held their rows are numbered from here on.
+        begun = position.epoch - (1 if position.batch else 0)
+        batches = self._supply.batches(begun, position.batch) if self._supply.holds else batches
+        self._intake, self._opened = self._intake_of(batches), True
         self._begin_calls(resumed)
         self._metrics = TrainMetrics(self._prepared.accumulator, self._prepared.empty)
         self._record = Record(request.callbacks, writer, history, self._metrics)
@@ -109,6 +110,11 @@ class Loop:
         steps = self.standing.plan.steps
         held = self._engine.strategy.replicate(self._supply.held)
         self._prepared.calls.begin(given, steps and steps - self.standing.step, held)
+
+    @property
+    def unread(self) -> Stream | None:
+        """The pass that the fit stopped in, to be gone on with; None where it is reached by its number alone."""
+        return self._intake.put_down(self.standing.position.batch)
 
     # One fit --------------------------------------------------------------------------------------------------
 
@@ -156,7 +162,7 @@ class Loop:
         self._chores = Timetable(self._make_chores(), step)
 
     def _make_chores(self) -> list["Chore"]:
-        chores = [Chore(_SEGMENT, self._metrics.cut)]
+        chores = [Chore(_SEGMENT, self._metrics.cut), Chore(At(steps=(LAST_STEP,)), refuse_overflow)]
         ahead = self._engine.strategy.in_flight
         if ahead:
             chores.append(Chore(Every(steps=ahead), lambda: jax.block_until_ready(self._metrics.packed)))
@@ -219,15 +225,14 @@ class Loop:
         self._told.epoch = NO_METRICS
 
     def _open_pass(self) -> Intake | RowIntake:
-        batches, self._batches = self._batches, None
-        if batches is None:
-            batches = self._supply.batches(self.standing.position.epoch - 1, self.standing.position.batch)
-        feed = self._prepared.feed
-        if self._request.accumulate > 1:
-            return Intake(_grouped(batches, self._request.accumulate), feed.place_group)
-        if isinstance(batches, RowNumbers):
-            return RowIntake(batches, feed.place)
-        return Intake(batches, feed.place)
+        position = self.standing.position
+        if not self._opened:
+            self._intake = self._intake_of(self._supply.batches(position.epoch - 1, position.batch))
+        self._opened = False
+        return self._intake
+
+    def _intake_of(self, batches: Iterator[Any]) -> Intake | RowIntake:
+        return intake_of(batches, self._prepared.feed, self._request.accumulate)
 
     def _run_pass(self, intake: Intake | RowIntake) -> None:
         calls, metrics, watch = self._prepared.calls, self._metrics, self._watch
@@ -250,6 +255,8 @@ class Loop:
             standing.step += len(feds)
             position.batch += sum([fed.batches for fed in feds])
             self._pass_begun = True
+            if standing.step >= due:
+                intake.mark(position.batch)
             # Looking one batch ahead tells whether this was the last step of the pass, and overlaps the step.
             try:
                 more = intake.more()
@@ -359,7 +366,7 @@ class Loop:
         if metrics is None:
             self._stop_if_interrupted()
             return False
-        self._told.evaluation = metrics
+        self._told.evaluation = read_only(metrics)
         self._dispatch.call("on_eval_end")
         self._told.evaluation = NO_METRICS
         return True
@@ -385,16 +392,12 @@ class Loop:
             self._roll_back()
             return
         if keepers:
+            place = self._intake.place(self.standing.position.batch)
             with self._watch.on("save"):
-                self._saving.save(keepers, interrupted=self._interrupted)
+                self._saving.save(keepers, place, interrupted=self._interrupted)
 
     def _roll_back(self) -> None:
         with self._watch.on("save"):
             self._saving.roll_back()
         self._make_timetables()
         self._failures.begin(self.standing.step, self.standing.position)
-
-
-def _grouped(batches: Iterator[Batch], size: int) -> Iterator[tuple[Batch, ...]]:
-    while group := tuple(itertools.islice(batches, size)):
-        yield group

@@ -12,6 +12,17 @@ from trainkit.checkpoint._store import Store
 from trainkit.data._source import Source
 from trainkit.writers._writer import MetricWriter
 
+LAST_STEP = 2**31 - 1
+"""The largest number that `state.step`, an int32, holds."""
+
+
+def refuse_overflow() -> None:
+    """Refuses the step after the last one that can be counted."""
+    raise OverflowError(
+        f"state.step is {LAST_STEP}, the largest int32: the next update would make it negative, and with it every key, "
+        "schedule and log. Start a run of its own from the weights: trainer.state = state.replace(step=0)."
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -39,6 +50,13 @@ class Request:
     stores: tuple[Store, ...] = ()
     keep_compiled: bool = True
 
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.source.endless:
+            raise ValueError(
+                f"epochs={self.epochs} with data that have no end: no pass over them is ever done. Give steps=, or cut "
+                "them, tk.data.take(data, batches)."
+            )
+
 
 def plan_of(request: Request, step: int, position: Position, first_step: int, first_epoch: int) -> Plan:
     """Returns how far a fit is going to run.
@@ -50,6 +68,8 @@ def plan_of(request: Request, step: int, position: Position, first_step: int, fi
         first_step: updates completed when it began, before it was resumed.
         first_epoch: passes completed then.
     """
+    if step >= LAST_STEP:
+        refuse_overflow()
     per_epoch = request.source.steps_per_epoch
     last_epoch = None if request.epochs is None else first_epoch + request.epochs
     steps = None if request.steps is None else first_step + request.steps

@@ -49,15 +49,16 @@ class Saving:
         wanted, self._standing.wanted = self._standing.wanted, set()
         return [one for one in self._keepers if everyone or id(one) in wanted]
 
-    def save(self, keepers: list[Checkpoint], *, interrupted: bool) -> None:
+    def save(self, keepers: list[Checkpoint], place: Mapping[str, Any] | None, *, interrupted: bool) -> None:
         """Begins to save.
 
         Args:
             keepers: where to.
+            place: where the source stands, None where its number of batches tells.
             interrupted: whether a signal ended the fit, which a resumed run goes on with.
         """
         for keeper in keepers:
-            keeper.save(self._standing.step, lambda labels: self._contents(labels, interrupted))
+            keeper.save(self._standing.step, lambda labels: self._contents(labels, place, interrupted))
 
     def roll_back(self) -> None:
         """Goes back to the newest checkpoint, as a callback asked."""
@@ -83,7 +84,9 @@ class Saving:
         self._record.take_back(load_saved(store, step), self._engine.strategy.replicate, without=callback)
         standing.plan_anew(self._request)
 
-    def _contents(self, labels: Mapping[str, Any], interrupted: bool) -> Contents:
+    def _contents(
+        self, labels: Mapping[str, Any], place: Mapping[str, Any] | None, interrupted: bool
+    ) -> Contents:
         standing, choice = self._standing, self._calls.choice
         saved = Saved(
             step=standing.step,
@@ -97,6 +100,8 @@ class Saving:
             epoch_end_owed=standing.epoch_end_owed,
             stopped_by=None if interrupted else standing.stopped_by,
             choice=None if choice is None else str(choice),
+            data=self._request.source.facts(),
+            place=place,
             **self._record.state(standing.step),
         )
         return contents_of(standing.state, saved, labels)

@@ -52,6 +52,7 @@ class Told:
         self._engine, self._request, self._standing = engine, request, standing
         self._metrics, self._record, self._seconds = metrics, record, seconds
         self._asked = Questions(engine, lambda: standing.state, watch.on)
+        self._history = record.history.shown()
         self._direction = functools.partial(direction_of, accumulator)
         self._keepers = [one for one in request.callbacks if isinstance(one, Checkpoint)]
         self.evaluation: Mapping[str, Any] = NO_METRICS
@@ -65,7 +66,7 @@ class Told:
             epoch=standing.position.epoch,
             state=lambda: standing.state,
             metrics=functools.partial(self._metrics_for, callback, hook),
-            history=self._record.history,
+            history=self._history,
             logdir=self._request.logdir,
             writer=self._record.writer(callback),
             plan=standing.plan,

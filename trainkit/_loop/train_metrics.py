@@ -10,6 +10,7 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ class Window(Mapping[str, Any]):
 
     @functools.cached_property
     def _values(self) -> dict[str, Any]:
-        return self._compute()
+        return dict(read_only(self._compute()))
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._values:
@@ -48,6 +49,14 @@ class Window(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(self._values)
+
+
+def read_only(metrics: dict[str, Any]) -> Mapping[str, Any]:
+    """Returns a view of `metrics` through which nothing can be changed, arrays included."""
+    for value in metrics.values():
+        if isinstance(value, np.ndarray):
+            value.flags.writeable = False
+    return MappingProxyType(metrics)
 
 
 NO_METRICS = Window(dict)

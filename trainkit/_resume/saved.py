@@ -35,6 +35,8 @@ class Saved:
         metrics: the training metrics accumulated.
         history: the scalars logged.
         written: the names written to the logs at this step.
+        data: what of the source must be as it was inside a pass; see `Source.facts`.
+        place: where the source stood, None where the number of batches says it; see `Stream`.
     """
 
     step: int
@@ -52,6 +54,8 @@ class Saved:
     metrics: Mapping[str, Any]
     history: Mapping[str, Any]
     written: tuple[str, ...]
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    place: Mapping[str, Any] | None = None
 
 
 def contents_of(state: TrainState, saved: Saved, labels: Mapping[str, Any]) -> Contents:

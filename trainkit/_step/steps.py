@@ -197,7 +197,8 @@ class Steps:
         if self._precision.scaled:
             scale = state.hooks[LOSS_SCALE].scale
             grads = jax.tree.map(lambda grad: grad / scale.astype(grad.dtype), grads)
-            seen = {"loss_scale": scale, "skipped_updates": (~all_finite(grads)).astype(jnp.float32)}
+            skipped = (~all_finite(grads)).astype(jnp.float32)
+            seen = {"loss_scale": scale, "skipped_updates": skipped, "part": jnp.float32(1 / len(parts))}
             outputs = [{**one, **seen} for one in outputs]
         new_state, per_example = self._apply(state, grads, merged), _per_example(passes[0].losses)
         return Updated(new_state, loss, weight, grads, merged, outputs, per_example)

@@ -224,7 +224,7 @@ class Trainer(Overridable):
         source = self._source_of(data)
         evaluations = eval_sources(eval_data, units=self.batch_axis is None)
         stores = self._checkpoints() if resume else []
-        self._run.aim_at(data)
+        source = self._run.aim_at(data, source)
         request = Request(
             fit=self._run.fits + 1,
             source=source,

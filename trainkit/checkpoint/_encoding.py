@@ -22,7 +22,7 @@ def encode(value: Any, arrays: dict[str, jax.Array | np.ndarray], where: str) ->
     """Returns `value` as JSON; the large arrays in it are put into `arrays` and stand as references.
 
     Args:
-        value: dicts, lists and tuples of numbers, strings, None, NumPy and JAX arrays.
+        value: dicts, lists and tuples of numbers, strings, bytes, None, NumPy and JAX arrays.
         arrays: filled under numbers as strings.
         where: names the value in errors.
 
@@ -31,6 +31,8 @@ def encode(value: Any, arrays: dict[str, jax.Array | np.ndarray], where: str) ->
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, bytes):
+        return {_TAG: "bytes", "data": base64.b64encode(value).decode()}
     if isinstance(value, jax.Array):
         return _reference(value, arrays)
     if isinstance(value, np.ndarray | np.generic):
@@ -63,6 +65,8 @@ def decode(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     if kind == "array":
         data = base64.b64decode(value["data"])
         return np.frombuffer(data, jnp.dtype(value["dtype"])).reshape(value["shape"]).copy()
+    if kind == "bytes":
+        return base64.b64decode(value["data"])
     if kind == "empty":
         return np.zeros(value["shape"], jnp.dtype(value["dtype"]))
     array: Any = arrays[value["name"]]

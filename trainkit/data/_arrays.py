@@ -14,8 +14,8 @@ import numpy as np
 
 from trainkit._core.tree import named_leaves
 from trainkit._core.typing import Batch, PyTree
+from trainkit.data._base import Source
 from trainkit.data._batch import GlobalBatch, is_numeric, not_numeric
-from trainkit.data._source import Source
 from trainkit.data._tensors import to_host
 
 
@@ -154,6 +154,11 @@ class Arrays(Source):
         ordered._shuffle = ordered._drop_last = False
         ordered._count()
         return ordered
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what settles the order of the examples, and which batch they are in."""
+        order = {"shuffle": self._shuffle, "seed": self._seed, "drop_last": self._drop_last}
+        return {**super().facts(), "examples": self.size, **order}
 
     def row_numbers(self, epoch: int, start: int = 0) -> RowNumbers:
         """Returns the same batches as the numbers of their examples."""

@@ -1,10 +1,9 @@
-"""What the loop needs of any data, and the sources that give it for the kinds of data in use.
+"""The sources for the kinds of data in use.
 
-Owns `Source`, `as_source` and the replaying of sources that can't seek. Does not hold arrays (`Arrays` does),
-check batches, or move them to devices.
+Owns `as_source` and the replaying of sources that can't seek. Does not hold arrays (`Arrays` does), check batches,
+or move them to devices.
 """
 
-import abc
 import inspect
 import itertools
 import logging
@@ -14,8 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, final, runtime_checkable
 
 from trainkit._core.typing import Batch, Clock
-from trainkit.data._batch import GlobalBatch, as_global, batch_size_of, check_batch, owned
+from trainkit.data._base import Source
+from trainkit.data._batch import batch_size_of, check_batch
+from trainkit.data._stateful import stateful
 from trainkit.data._tensors import is_array, to_host
+from trainkit.data._units import Units
 
 _logger = logging.getLogger("trainkit")
 
@@ -24,94 +26,6 @@ _ACCEPTED = (
     "DataLoader, a list of batches or any other iterable of them, or a function that returns an iterator "
     "of batches"
 )
-
-
-class Source(abc.ABC):
-    """Batches by epoch: what a trainer reads, whatever lies behind it.
-
-    A source of one's own subclasses it, sets the attributes it knows, and defines `batches`.
-
-    Attributes:
-        steps_per_epoch: batches in an epoch; None when unknown or endless.
-        num_examples: examples an epoch yields, over all its batches; None when unknown.
-        batch_size: rows in a full batch; None when unknown.
-        may_be_partial: whether some batch can be smaller than the others.
-        seekable: whether `batches(epoch, start)` reaches `start` without reading what lies before it.
-        keeps_batches: whether the arrays of a batch stay as they are once the next is asked for. False, the default,
-            lets a source fill the same buffers again and again: batches are then copied as they come.
-
-    Example:
-        >>> import numpy as np
-        >>> class Noise(Source):
-        ...     steps_per_epoch, batch_size, may_be_partial, seekable = 10, 32, False, True
-        ...     def batches(self, epoch, start=0):
-        ...         for index in range(start, 10):
-        ...             yield np.random.default_rng([epoch, index]).normal(size=(32, 4))
-        >>> len(list(Noise().batches(epoch=0, start=4)))
-        6
-    """
-
-    steps_per_epoch: int | None = None
-    num_examples: int | None = None
-    batch_size: int | None = None
-    may_be_partial: bool = True
-    seekable: bool = False
-    keeps_batches: bool = False
-
-    @abc.abstractmethod
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Returns an iterator over the batches of an epoch from one of them on.
-
-        Args:
-            epoch: the number of the epoch, from 0.
-            start: the index of the first batch wanted, from 0; what follows is what an iterator from 0 yields
-                there.
-        """
-
-    def global_batches(self, epoch: int, start: int = 0) -> Iterator[GlobalBatch]:
-        """Returns an iterator over the same batches, read in part: what several processes ask for.
-
-        By default each process reads every batch whole and keeps its rows. A source that can read less, as
-        `Arrays` does, overrides it; what its `read` returns nobody may write to.
-
-        Args:
-            epoch: as for `batches`.
-            start: as for `batches`.
-        """
-        return map(as_global, self.kept_batches(epoch, start))
-
-    @final
-    def kept_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Returns an iterator over the same batches, each in memory that the source does not write to again.
-
-        Args:
-            epoch: as for `batches`.
-            start: as for `batches`.
-        """
-        batches = iter(self.batches(epoch, start))
-        return batches if self.keeps_batches else map(owned, batches)
-
-    def in_order(self) -> "Source":
-        """Returns the source as it is evaluated: every example once, in the order of the data; by default itself."""
-        return self
-
-    def check_position(self, epoch: int, start: int) -> None:
-        """Refuses a position that is negative or lies beyond the end of an epoch.
-
-        Args:
-            epoch: the number of the epoch, from 0.
-            start: the index of a batch, from 0.
-
-        Raises:
-            ValueError: the position does not exist. `start == steps_per_epoch` does: no batch is left there.
-        """
-        if epoch < 0 or start < 0:
-            raise ValueError(f"epoch and start count from 0, got epoch={epoch}, start={start}.")
-        if self.steps_per_epoch is not None and start > self.steps_per_epoch:
-            raise ValueError(
-                f"start={start} lies beyond the {self.steps_per_epoch} batches of an epoch. A run is "
-                "continued on the data it was started with."
-            )
 
 
 def as_source(data: Any, *, clock: Clock = time.monotonic, units: bool = False) -> Source:
@@ -140,7 +54,7 @@ def as_source(data: Any, *, clock: Clock = time.monotonic, units: bool = False) 
         (2, 7, True)
     """
     if units:
-        return data if isinstance(data, _Units) else _Units(_units_of(data, clock))
+        return data if isinstance(data, Units) else Units(_units_of(data, clock))
     if isinstance(data, Source):
         return data
     _refuse_single_batch(data)
@@ -149,11 +63,12 @@ def as_source(data: Any, *, clock: Clock = time.monotonic, units: bool = False) 
     if isinstance(data, _GrainMap):
         return _indexed_grain(data)
     if isinstance(data, Iterator):
-        return _Replayed(_once(data), type(data).__name__, clock)
+        return _Replayed(_once(data), type(data).__name__, clock, of=data)
     if isinstance(data, _TorchLoader):
         return _torch(data, clock)
     if isinstance(data, Iterable):
-        return _Replayed(lambda epoch: iter(data), type(data).__name__, clock, steps=_length(data))
+        name, steps = type(data).__name__, _length(data)
+        return _Replayed(lambda epoch: iter(data), name, clock, steps=steps, of=data)
     if callable(data):
         return _Replayed(_called(data), getattr(data, "__name__", type(data).__name__), clock)
     raise TypeError(f"A {type(data).__name__} is not a source of batches. Give {_ACCEPTED}.")
@@ -211,6 +126,7 @@ class _Indexed(Source):
         self.num_examples = num_examples
         self.may_be_partial = may_be_partial
         self.seekable = True
+        self.endless = steps is None
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self.check_position(epoch, start)
@@ -232,7 +148,11 @@ class _Replayed(Source):
         steps: int | None = None,
         batch_size: int | None = None,
         may_be_partial: bool = True,
+        of: Any = None,
     ) -> None:
+        # An iterator is its own pass, and is at its end where that is.
+        self._loader = None if isinstance(of, Iterator) else stateful(of)
+        self.endless = _is_endless(of)
         self._open = open_epoch
         self._name = name
         self._clock = clock
@@ -243,20 +163,39 @@ class _Replayed(Source):
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self.check_position(epoch, start)
-        return self._read(epoch, start)
 
-    def _read(self, epoch: int, start: int) -> Iterator[Batch]:
-        iterator = self._open(epoch)
-        if start:
-            self._skip(iterator, start)
-        found = start > 0
-        for batch in iterator:
-            found = True
-            yield to_host(batch)
-        if not found:
-            raise ValueError(
-                f"The source ({self._name}) yielded no batch in epoch {epoch}. It must yield one."
-            )
+        def open_pass() -> Iterator[Any]:
+            iterator = self._open(epoch)
+            if start:
+                self._skip(iterator, start)
+            return iterator
+
+        nothing = f"The source ({self._name}) yielded no batch in epoch {epoch}. It must yield one."
+        return _Pass(open_pass, None if start else nothing)
+
+    def position(self, batches: Iterator[Batch]) -> Any:
+        assert isinstance(batches, _Pass)
+        if self._loader is not None:
+            return self._loader.get()
+        known = None if batches.ended else stateful(batches.iterator)
+        return None if known is None else known.get()
+
+    def batches_at(self, epoch: int, position: Any) -> Iterator[Batch]:
+        def open_pass() -> Iterator[Any]:
+            if self._loader is not None:
+                self._loader.set(position)
+                return self._open(epoch)
+            iterator = self._open(epoch)
+            known = stateful(iterator)
+            if known is None:
+                raise ValueError(
+                    f"The run was saved with data that know their position; the source ({self._name}) has no "
+                    "set_state or load_state_dict. A run is continued on the data it was started with."
+                )
+            known.set(position)
+            return iterator
+
+        return _Pass(open_pass, None)
 
     def _skip(self, iterator: Iterator[Any], start: int) -> None:
         begun = self._clock()
@@ -279,27 +218,35 @@ class _Replayed(Source):
 
 
 @final
-class _Units(Source):
-    """The batches of another source, each of which is one unit: an epoch has as many examples as batches."""
+class _Pass(Iterator[Batch]):
+    """One pass over an iterator that is opened when its first batch is asked for.
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self.steps_per_epoch = self.num_examples = source.steps_per_epoch
-        self.seekable = source.seekable
-        self.batch_size, self.may_be_partial = 1, False
-        self.keeps_batches = source.keeps_batches
+    Attributes:
+        iterator: None before that.
+        ended: whether it has no more.
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        return self._source.batches(epoch, start)
+    Args:
+        open_pass: returns the iterator.
+        nothing: the message where it yields nothing; None where that is no error.
+    """
 
-    def in_order(self) -> Source:
-        return _Units(self._source.in_order())
+    def __init__(self, open_pass: Callable[[], Iterator[Any]], nothing: str | None) -> None:
+        self._open, self._nothing = open_pass, nothing
+        self.iterator: Iterator[Any] | None = None
+        self.ended = False
 
-    def global_batches(self, epoch: int, start: int = 0) -> Iterator[GlobalBatch]:
-        def whole(batch: Batch) -> GlobalBatch:
-            return GlobalBatch(1, lambda start, stop: batch, lambda: batch)
-
-        return map(whole, self.batches(epoch, start))
+    def __next__(self) -> Batch:
+        if self.iterator is None:
+            self.iterator = self._open()
+        try:
+            batch = next(self.iterator)
+        except StopIteration:
+            self.ended = True
+            if self._nothing is not None:
+                raise ValueError(self._nothing) from None
+            raise
+        self._nothing = None
+        return to_host(batch)
 
 
 def _units_of(data: Any, clock: Clock) -> Source:
@@ -367,6 +314,7 @@ def _torch(loader: _TorchLoader, clock: Clock) -> Source:
         steps=_length(loader),
         batch_size=loader.batch_size,
         may_be_partial=not (loader.batch_size and loader.drop_last),
+        of=loader,
     )
 
 
@@ -424,6 +372,11 @@ def _refuse_single_batch(data: Any) -> None:
             f"A {kind} was given as the source: that is one batch or the arrays to cut batches from. Wrap "
             "it: [batch] for one batch, tk.data.Arrays(arrays, batch_size=...) for arrays."
         )
+
+
+def _is_endless(data: Any) -> bool:
+    # TensorFlow's name for it is tf.data.INFINITE_CARDINALITY.
+    return isinstance(data, _TfDataset) and int(data.cardinality()) == -1
 
 
 def _length(data: Any) -> int | None:

@@ -50,6 +50,11 @@ def _leaf_to_host(leaf: Any) -> Any:
     return leaf
 
 
+def is_torch(value: Any) -> bool:
+    """Says whether `value` is a tensor of torch, or behaves as one."""
+    return isinstance(value, _TorchTensor)
+
+
 def is_array(value: Any) -> bool:
     """Says whether `value` is an array of NumPy, JAX or another framework."""
     return isinstance(value, (np.ndarray, jax.Array, _TorchTensor, _Tensor))

@@ -1,5 +1,8 @@
 """Dynamic loss scaling for float16. Owns the scale and its adjustment; the step multiplies, divides and skips."""
 
+from typing import Any, Self
+
+import clu.metrics
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -40,6 +43,44 @@ def loss_scale_hook() -> StepHook:
         return LossScale(jnp.asarray(_INITIAL, jnp.float32), zero, jnp.copy(zero))
 
     return StepHook(NAME, init, lambda memory, values: memory)
+
+
+@flax.struct.dataclass
+class SkippedUpdates(clu.metrics.Metric):
+    """The share of updates that were skipped.
+
+    The outputs come once for each micro-batch of an update, and each is its part of that update.
+
+    Attributes:
+        skipped: `float32[]`, updates skipped.
+        updates: `float32[]`, updates.
+    """
+
+    skipped: jax.Array
+    updates: jax.Array
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Returns the metric of no updates."""
+        return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))  # pyright: ignore[reportCallIssue]
+
+    @classmethod
+    def from_model_output(cls, skipped_updates: jax.Array, part: jax.Array, **_: Any) -> Self:
+        """Returns the metric of a micro-batch.
+
+        Args:
+            skipped_updates: `float32[]`, 1 where its update was skipped, else 0.
+            part: `float32[]`, what part of its update it is.
+        """
+        return cls(skipped_updates * part, part)  # pyright: ignore[reportCallIssue]
+
+    def merge(self, other: Self) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the metric of both."""
+        return type(self)(self.skipped + other.skipped, self.updates + other.updates)  # pyright: ignore[reportCallIssue]
+
+    def compute(self) -> Any:
+        """Returns the share."""
+        return self.skipped / self.updates
 
 
 def all_finite(tree: PyTree) -> jax.Array:
