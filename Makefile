@@ -25,6 +25,10 @@ MULTI_DEVICE_ENV := NPROC=16 XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_d
 # Each worker begins with half of the tests in their order, so that most files have their shared trainers made once.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
 
+# What `make quick` runs: the shape of the package, every step and the loop around it, data, checkpoints, messages.
+QUICK := tests/project/test_architecture.py tests/project/test_import.py tests/project/test_tested.py tests/core \
+    tests/data tests/checkpoint tests/step tests/loop/test_hooks.py tests/trainer
+
 # Where the tree that passed `make test` is noted, and what keeps a run from counting as one: anything given that
 # leaves out tests or overlooks their failure.
 NOTE := $(VENV)/.tested
