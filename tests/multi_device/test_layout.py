@@ -162,6 +162,54 @@ def test_partitioned_parameters_from_end_to_end(tmp_path):
     assert made.fit(data, steps=1).step == 7
 
 
+class Logical(nn.Module):
+    """`Wide` whose first two layers name their dimensions, of which no mesh has an axis."""
+
+    rules: tuple | None = None
+
+    @nn.compact
+    def __call__(self, x, train):
+        for names in (("features", "hidden"), ("hidden", "hidden_out")):
+            init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), names, rules=self.rules)
+            x = nn.relu(nn.Dense(WIDTH, kernel_init=init)(x))
+        return nn.Dense(CLASSES)(x)
+
+
+@pytest.mark.parametrize("strategy", ["jit", "fsdp", "pmap"])
+def test_logical_names_that_nothing_maps_divide_nothing_and_that_is_said_once(strategy, caplog):
+    data = batches(2)
+    strategy = tk.parallel.Mesh(fsdp=2) if strategy == "fsdp" else strategy
+    expected = wide(tk.parallel.Mesh(devices=jax.devices()[:1])).fit(data, epochs=1)
+    made = wide(strategy, Logical())
+    result = made.fit(data, epochs=1)
+    got = nn.meta.unbox(result.state.params)
+    assert_same(jax.device_get(got), jax.device_get(expected.state.params), rtol=1e-4, atol=2e-6)
+    kernel = result.state.params["Dense_0"]["kernel"]
+    assert isinstance(kernel, nn.LogicallyPartitioned)
+    assert kernel.value.addressable_shards[0].data.shape == (FEATURES, WIDTH)
+    said = [record.getMessage() for record in caplog.records if "are not divided" in record.getMessage()]
+    assert len(said) == (0 if strategy == "pmap" else 1)
+    assert strategy == "pmap" or "['features', 'hidden', 'hidden_out']" in said[0]
+
+
+def test_logical_names_are_mapped_by_the_rules_of_flax_and_by_those_of_the_mesh():
+    flax_rules = (("hidden", "tensor"), ("features", None), ("hidden_out", ("data", "fsdp")))
+    state = wide(tk.parallel.Mesh(fsdp=2, tensor=2), Logical(flax_rules)).init(arrays(16))
+    parts = [
+        state.params[name]["kernel"].value.addressable_shards[0].data.shape for name in ("Dense_0", "Dense_1")
+    ]
+    assert parts == [(FEATURES, WIDTH // 2), (WIDTH // 2, WIDTH // 4)]
+    own = tk.parallel.Mesh(tensor=4, rules=[(r"Dense_1/kernel", ("tensor", None))])
+    state = wide(own, Logical()).init(arrays(16))
+    assert state.params["Dense_1"]["kernel"].value.addressable_shards[0].data.shape == (WIDTH // 4, WIDTH)
+    assert state.opt_state[0].mu["Dense_1"]["kernel"].value.addressable_shards[0].data.shape[0] == WIDTH // 4
+
+
+def test_names_of_axes_that_the_mesh_has_not_do_no_harm_where_parameters_are_whole():
+    state = wide("jit", Partitioned(names=((None, "model"), ("model",)))).init(arrays(16))
+    assert state.params["Dense_0"]["kernel"].value.addressable_shards[0].data.shape == (FEATURES, WIDTH)
+
+
 # What is refused ----------------------------------------------------------------------------------------------
 
 
