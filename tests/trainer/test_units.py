@@ -205,7 +205,7 @@ def test_errors_name_the_attribute():
 
     class Losses(GraphTrainer):
         def loss(self, model, batch, ctx):
-            weighted, outputs = super().loss(model, batch, ctx)
+            weighted, _ = super().loss(model, batch, ctx)
             return weighted.losses, {}
 
     with pytest.raises(ValueError, match=r"shape \[4\] for a batch that is one unit.*tk.Weighted"):
@@ -214,7 +214,7 @@ def test_errors_name_the_attribute():
 
 @pytest.mark.parametrize("strategy", ["vmap", "pmap"])
 def test_strategies_that_divide_a_batch_are_refused(strategy):
-    with pytest.raises(ValueError, match="divides a batch along its first dimension.*strategy='jit'"):
+    with pytest.raises(ValueError, match=r"divides a batch along its first dimension.*strategy='jit'"):
         GraphTrainer(Convolution(), optax.sgd(0.1), strategy=strategy)
 
 
@@ -222,5 +222,5 @@ def test_another_axis_is_refused():
     class Second(GraphTrainer):
         batch_axis = 1
 
-    with pytest.raises(ValueError, match="batch_axis=1: must be 0.*or None"):
+    with pytest.raises(ValueError, match=r"batch_axis=1: must be 0.*or None"):
         Second(Convolution(), optax.sgd(0.1))

@@ -86,6 +86,8 @@ class Loop:
         self._plan = plan_of(request, self._step, position, self._first_step, self._first_epoch)
         given = None if resumed is None or resumed.choice is None else Choice.parse(resumed.choice)
         held = engine.strategy.replicate(self._supply.held)
+        feed = self._prepared.feed
+        feed.on_padding = lambda one: engine.check_training(feed, self._step, self._raw, held, one)
         self._prepared.calls.begin(given, self._plan.steps and self._plan.steps - self._step, held)
         self._metrics = TrainMetrics(self._prepared.accumulator, self._prepared.empty)
         self._record = Record(request.callbacks, writer, history, self._metrics)
