@@ -12,6 +12,7 @@ import numpy as np
 
 from trainkit._core.typing import Batch
 from trainkit._feed.feed import Fed, Feed
+from trainkit.data._batch import batch_size_of, rows_of
 from trainkit.parallel._strategy import Strategy
 
 # A call takes a few times what it costs the host to make it, and a signal need not wait long for its end.
@@ -66,5 +67,17 @@ class LoopedFeed(Feed):
 
     def place(self, batch: Any) -> Fed:
         """Returns the examples on the devices, with their number in place of a mask."""
-        fed = super().place(batch)
+        return self._numbered(super().place(batch))
+
+    def twice(self, batch: Any) -> tuple[Fed, Fed]:
+        """As `Feed.twice`, of the last batch alone."""
+        real = batch_size_of(batch)
+        one, two = super().twice(rows_of(batch, real - real % self._batch, real))
+        return self._numbered(one), self._numbered(two)
+
+    def _numbered(self, fed: Fed) -> Fed:
         return fed._replace(mask=np.int32(fed.real), batches=-(-fed.real // self._batch))
+
+    def _tell(self, batch: Any, real: int) -> None:
+        if self.on_padding is not None and real % self._batch:
+            self.on_padding(batch)

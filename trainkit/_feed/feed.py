@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from trainkit._core.typing import Batch
-from trainkit.data._batch import GlobalBatch, batch_size_of, mask, pad
+from trainkit.data._batch import GlobalBatch, another_row, batch_size_of, mask, pad, rows_of
 from trainkit.parallel._strategy import Strategy
 
 _LOG = logging.getLogger("trainkit")
@@ -43,6 +43,9 @@ class Feed:
         exact: whether masked rows leave the step exact.
         what: name of the step in messages, e.g. "training".
         why: why padding is not exact, for the announcement.
+
+    Attributes:
+        on_padding: called with each batch that is about to be padded, where there is one.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Feed:
         masked = exact and (may_be_partial or self._rows != rows)
         self._full_mask = strategy.place(mask(self._rows, self._rows)) if masked else None
         self._announced = False
+        self.on_padding: Callable[[Any], None] | None = None
 
     @property
     def in_flight(self) -> int | None:
@@ -71,9 +75,23 @@ class Feed:
         if not self._exact:
             self._announce(real)
             return Fed(self._strategy.place(batch), None, real)
+        self._tell(batch, real)
+        return self._padded(batch, real)
+
+    def twice(self, batch: Any) -> tuple[Fed, Fed]:
+        """Returns a batch as `place` pads it, and the same rows padded with something else."""
+        real = batch_size_of(batch)
+        row = another_row(rows_of(batch, 0, 1), rows_of(batch, real - 1, real))
+        return self._padded(batch, real), self._padded(batch, real, row)
+
+    def _padded(self, batch: Any, real: int, row: Any = None) -> Fed:
         rows = max(self._rows, self._round_up(real))
         place: Callable[[Any], Any] = self._strategy.place
-        return Fed(place(pad(batch, rows)), place(mask(rows, real)), real)
+        return Fed(place(pad(batch, rows, row)), place(mask(rows, real)), real)
+
+    def _tell(self, batch: Any, real: int) -> None:
+        if self.on_padding is not None and real != max(self._rows, self._round_up(real)):
+            self.on_padding(batch)
 
     def place_group(self, group: tuple[Any, ...]) -> Fed:
         """Returns the batches of one update on the devices, as tuples."""
@@ -119,14 +137,25 @@ class SharedFeed(Feed):
     def place(self, batch: GlobalBatch) -> Fed:
         """Returns `batch` on the devices of all processes; see `Feed.place` for the rule of padding."""
         real = batch.size
+        if real != self._rows:
+            if self._exact:
+                self._tell(batch, real)
+            else:
+                self._announce(real)
+        return self._padded(batch, real)
+
+    def twice(self, batch: GlobalBatch) -> tuple[Fed, Fed]:
+        """As `Feed.twice`."""
+        row = another_row(batch.read(0, 1), batch.read(batch.size - 1, batch.size))
+        return self._padded(batch, batch.size), self._padded(batch, batch.size, row)
+
+    def _padded(self, batch: GlobalBatch, real: int, row: Any = None) -> Fed:
         rows = max(self._rows, self._round_up(real)) if self._exact else real
-        if real != self._rows and not self._exact:
-            self._announce(real)
         own = self._strategy.own_rows(rows)
         stop = min(own.stop, real)
         # A process with nothing but padding reads one row to pad with.
         held = batch.read(min(own.start, stop - 1), stop)
-        placed = self._strategy.place_own(pad(held, own.stop - own.start), rows)
+        placed = self._strategy.place_own(pad(held, own.stop - own.start, row), rows)
         if real == self._rows or not self._exact:
             return Fed(placed, self._full_mask if real == self._rows else None, real)
         return Fed(placed, self._strategy.place(mask(rows, real)), real)

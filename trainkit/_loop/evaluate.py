@@ -4,6 +4,7 @@ Owns the two passes; not when they happen.
 """
 
 import collections
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,6 +41,7 @@ def evaluate(
     prepared = engine.prepare_eval(state, source, first)
     state = with_raw_key(engine.evaluated(state))
     accumulator, feed, rows = prepared.accumulator, prepared.feed, _Rows(engine)
+    feed.on_padding = functools.partial(engine.check_evaluation, prepared, state)
     collects, in_flight = accumulator.has_collecting, feed.in_flight
     carry, segments, carried, given = prepared.empty, [], 0, 0
     for number, batch in enumerate(prepared.batches or batches, start=1):
@@ -56,6 +58,7 @@ def evaluate(
             carry, carried = prepared.empty, 0
         if in_flight and number % in_flight == 0:
             jax.block_until_ready(carry)
+    feed.on_padding = None  # it holds the state
     segments = [engine.strategy.fetch(segment) for segment in [*segments, carry]]
     _check_count(sum(int(counted) for _, counted in segments), given, source)
     merged = accumulator.merge([packed for packed, _ in segments])

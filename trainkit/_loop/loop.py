@@ -109,6 +109,8 @@ class Loop:
         given = None if resumed is None or resumed.choice is None else Choice.parse(resumed.choice)
         steps = self.standing.plan.steps
         held = self._engine.strategy.replicate(self._supply.held)
+        feed, engine, standing = self._prepared.feed, self._engine, self.standing
+        feed.on_padding = lambda one: engine.check_training(feed, standing.step, standing.raw, held, one)
         self._prepared.calls.begin(given, steps and steps - self.standing.step, held)
 
     @property

@@ -264,6 +264,24 @@ class Steps:
         counts = [self._forward.real(batch, mask).sum() for batch, mask in parts]
         return jnp.maximum(self._strategy.sum(jnp.stack(counts).sum()), 1)
 
+    def row_losses(
+        self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        """Returns the losses that a training step computes, and their weights where they have any, all `[batch]`.
+
+        Args:
+            impl: of the key in `state`.
+            state: its key is raw.
+            batch: leaves `[batch, ...]`.
+            mask: `bool[batch]`.
+        """
+        state = with_typed_key(state, impl)
+        losses, _, _ = self._forward.losses(
+            state.variables, batch, mask, state.step, _step_key(state), train=True
+        )
+        told = for_metrics(losses, {}, mask, self._forward.rows(batch))
+        return {name: told[name] for name in ("loss", "weight") if name in told}
+
     def _merge_metrics(self, accumulator: Accumulator, packed: Any, outputs: Outputs) -> Any:
         return accumulator.update(packed, axis_name=self._strategy.replica_axis, **outputs)
 

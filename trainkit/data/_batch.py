@@ -72,14 +72,15 @@ def not_numeric(name: str, leaf: Any) -> str:
     )
 
 
-def pad(batch: Batch, rows: int) -> Batch:
-    """Returns a batch of `rows` rows: `batch`, then copies of its last row.
+def pad(batch: Batch, rows: int, row: Batch | None = None) -> Batch:
+    """Returns a batch of `rows` rows: `batch`, then copies of its last row, or of another.
 
     Real values keep labels in range and losses finite in the rows that are masked out.
 
     Args:
         batch: a tree of arrays `[batch, ...]`; 0-d leaves are returned as they are.
         rows: the number of rows wanted, at least the number there are.
+        row: a batch of one row to pad with, None for the last of `batch`.
 
     Raises:
         ValueError: `batch` has no row, or more than `rows`.
@@ -89,7 +90,17 @@ def pad(batch: Batch, rows: int) -> Batch:
         return batch
     if not 0 < real < rows:
         raise ValueError(f"Can't pad a batch of {real} rows to {rows}: it must have 1 to {rows} rows.")
-    return jax.tree.map(lambda leaf: _pad_leaf(leaf, rows - real), batch)
+    return jax.tree.map(
+        lambda leaf, one: _pad_leaf(leaf, one, rows - real), batch, batch if row is None else row
+    )
+
+
+def another_row(first: Batch, last: Batch) -> Batch:
+    """Returns a batch of one row that is not that of `last`: that of `first`, or zeros where both are the same."""
+    pairs = list(zip(jax.tree.leaves(first), jax.tree.leaves(last), strict=True))
+    if all(np.array_equal(one, other) for one, other in pairs):
+        return jax.tree.map(lambda leaf: _module(leaf).zeros_like(leaf), first)
+    return first
 
 
 def owned(batch: Batch) -> Batch:
@@ -133,12 +144,12 @@ def _module(leaf: Any) -> Any:
     return jnp if isinstance(leaf, jax.Array) else np
 
 
-def _pad_leaf(leaf: Any, extra: int) -> Any:
+def _pad_leaf(leaf: Any, row: Any, extra: int) -> Any:
     shape = _shape_and_dtype(leaf)[0]
     if not shape:
         return leaf
     xp = _module(leaf)
-    return xp.concatenate([leaf, xp.broadcast_to(leaf[-1:], (extra, *shape[1:]))])
+    return xp.concatenate([leaf, xp.broadcast_to(row[-1:], (extra, *shape[1:]))])
 
 
 def _sizes(batch: Batch) -> str:
@@ -181,13 +192,14 @@ class GlobalBatch(NamedTuple):
     spec: Callable[[], Batch]
 
 
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    """Returns some rows of a batch; its 0-d leaves as they are."""
+    return jax.tree.map(lambda leaf: leaf[start:stop] if np.ndim(leaf) else leaf, batch)
+
+
 def as_global(batch: Batch) -> GlobalBatch:
     """Returns a batch that is in memory, all of it, as a `GlobalBatch`."""
-
-    def read(start: int, stop: int) -> Batch:
-        return jax.tree.map(lambda leaf: leaf[start:stop] if np.ndim(leaf) else leaf, batch)
-
-    return GlobalBatch(batch_size_of(batch), read, lambda: batch)
+    return GlobalBatch(batch_size_of(batch), lambda start, stop: rows_of(batch, start, stop), lambda: batch)
 
 
 def spec_of(batch: Any) -> Any:

@@ -21,6 +21,7 @@ from trainkit._core.typing import Outputs
 from trainkit.metrics._checks import metric_classes, metric_spec
 from trainkit.metrics._collecting import Collecting
 from trainkit.metrics._direction import Direction, direction_of
+from trainkit.metrics._inputs import output_name
 from trainkit.metrics._mean import is_weightless, of_weighted_loss
 from trainkit.metrics._packing import Packed, Packing
 
@@ -70,6 +71,7 @@ class Accumulator:
         own = collection.__annotations__ == self._classes
         self._device = collection if own and not self._collecting else metrics.Collection.create(**on_device)
         self._packing: Packing | None = None
+        self._scalars: set[str] = set()
         self._empty: tuple[np.ndarray, ...] = ()
 
     @property
@@ -81,6 +83,12 @@ class Accumulator:
     def has_collecting(self) -> bool:
         """Whether some metric needs the rows of every batch on the host."""
         return bool(self._collecting)
+
+    def reads_scalar(self, name: str) -> bool:
+        """Says whether a metric is made from one output that is a scalar, as far as its class tells."""
+        metric = self._classes.get(name)
+        output = None if metric is None else output_name(metric) or getattr(metric, "output", None)
+        return output is not None and output in self._scalars
 
     def direction(self, name: str) -> Direction | None:
         """Returns which way a metric improves.
@@ -120,6 +128,7 @@ class Accumulator:
                 "batch."
             )
         self._packing = packing
+        self._scalars = {name for name, value in outputs.items() if not getattr(value, "ndim", 1)}
         # A caller may be inside of a trace; the values must be concrete all the same.
         with jax.ensure_compile_time_eval():
             self._empty = packing.pack_on_host(self._device.empty())

@@ -1,0 +1,90 @@
+"""Whether what pads a batch stays out of the numbers: found out by running one padded batch with two paddings.
+
+A loss for each row that compares the rows of its batch, as with in-batch negatives, makes padding count. That can't be
+seen in a shape, so it is tried, once a trainer, before the first padded batch counts. Owns the comparison and what is
+said; not the steps, nor how a batch is padded.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from trainkit._core.typing import PyTree
+from trainkit._feed.feed import Fed
+
+_LOG = logging.getLogger("trainkit")
+# Rows that are computed alike come out alike to the bit but for solvers and sums without an order.
+_TOLERANCE = 1e-4
+
+
+class PaddingCheck:
+    """Compares two paddings of one batch, once for training and once for evaluation."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, bool] = {}
+
+    def is_due(self, kind: str, step: Callable[[], int]) -> bool:
+        """Says whether padded batches are still to be looked at.
+
+        Args:
+            kind: of step, `"training"` or `"evaluation"`.
+            step: returns the updates completed; asked only where it matters.
+        """
+        # An untrained model may be constant, with nothing yet to be mixed.
+        return not self._seen.get(kind, False) and (kind not in self._seen or step() > 0)
+
+    def compare(
+        self,
+        kind: str,
+        step: int,
+        fed: Fed,
+        other: Fed,
+        run: Callable[[Fed], Mapping[str, PyTree]],
+        is_scalar: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        """Runs both paddings of a batch.
+
+        Args:
+            kind: of step.
+            step: updates completed.
+            fed: the batch as it is padded.
+            other: the same rows with another padding.
+            run: returns what of a batch counts, by name, NumPy arrays.
+            is_scalar: says whether what has a name is of a scalar output, which users may have for a look only.
+
+        Raises:
+            ValueError: something differs that should not.
+        """
+        self._seen[kind] = step > 0
+        one, two = run(fed), run(other)
+        names = [name for name in one if not _alike(one[name], two[name])]
+        for name in filter(is_scalar, names):
+            _LOG.warning(
+                "the metric %r is of a scalar output that depends on the rows that only pad a batch: it is not exact. "
+                "Return one row per example, or leave the padding out with ctx.mask.",
+                name,
+            )
+        names = [name for name in names if not is_scalar(name)]
+        if names:
+            raise ValueError(_mixed(kind, fed.real, names))
+
+
+def _alike(one: PyTree, two: PyTree) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    return all(np.allclose(a, b, rtol=_TOLERANCE, atol=1e-9, equal_nan=True) for a, b in pairs)
+
+
+def _mixed(kind: str, real: int, names: list[str]) -> str:
+    what = ", ".join(map(repr, names))
+    said = (
+        f"the losses of the real rows change ({what})" if kind == "training" else f"the metrics {what} change"
+    )
+    return (
+        f"a batch of {real} examples is padded for {kind}, and {said} with what pads it. So the loss, or what the "
+        "metrics are given, mixes the rows of a batch, as in-batch negatives do, and the padding would count. Either "
+        "give batches that need no padding (a batch size that divides the number of examples and is a multiple of "
+        "the devices, or drop_last=True), or return a scalar loss, with which nothing is padded, or leave the padding "
+        "out where rows meet, with ctx.mask."
+    )
