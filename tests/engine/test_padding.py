@@ -185,8 +185,8 @@ def test_one_real_row_is_enough(same):
 def test_a_trained_trainer_looks_once():
     trainer, runs = made(Masked), []
     trainer.fit([{"x": data()["x"][:4]}], steps=1)
-    compare = trainer._engine._padding.compare
-    trainer._engine._padding.compare = lambda *args: (runs.append(args[0]), compare(*args))
+    compare = trainer._engine.padding._compare
+    trainer._engine.padding._compare = lambda *args: (runs.append(args[0]), compare(*args))
     for source in (*sources().values(), *sources().values()):
         trainer.evaluate(source)
         trainer.fit(source, epochs=1)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainkit._core.tree import is_key
+from trainkit._core.tree import is_key, key_generator
 from trainkit._core.typing import Collection, PyTree, Variables
 
 OVERWRITTEN = "_overwrite_with_gradient"
@@ -180,6 +180,12 @@ def key_of(state: TrainState) -> jax.Array:
             "state.rng is None; a trained state needs a key, e.g. state.replace(rng=jax.random.key(0))."
         )
     return state.rng
+
+
+def key_impl(state: TrainState) -> str:
+    """Returns the name of the generator behind the key of `state`."""
+    key = key_of(state)
+    return str(jax.random.key_impl(key)) if isinstance(key, jax.Array) else key_generator(key.dtype)
 
 
 def with_raw_key(state: TrainState) -> TrainState:

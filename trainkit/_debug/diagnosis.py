@@ -12,9 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from trainkit._core.state import TrainState, with_raw_key, with_typed_key
+from trainkit._core.state import TrainState, key_impl, with_raw_key, with_typed_key
 from trainkit._core.typing import Batch, PyTree
-from trainkit._engine.engine import key_impl
 from trainkit._step.steps import Steps
 from trainkit.hooks._nan_guard import not_finite
 from trainkit.parallel._strategy import Role, Strategy

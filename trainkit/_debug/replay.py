@@ -5,11 +5,11 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from trainkit._core.state import TrainState, with_raw_key, with_typed_key
+from trainkit._core.state import TrainState, key_impl, with_raw_key, with_typed_key
 from trainkit._core.typing import Batch
 from trainkit._debug.diagnosis import Diagnosis, diagnose
 from trainkit._debug.failures import kept_batches, kept_state
-from trainkit._engine.engine import Engine, key_impl
+from trainkit._engine.engine import Engine
 from trainkit._feed.resident import NOTHING
 from trainkit._resume.restore import restore_built, restore_state
 from trainkit._resume.saved import Saved, load_saved

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 
 from trainkit._core.state import with_raw_key
-from trainkit._engine.engine import Engine, Prepared
+from trainkit._engine.engine import Engine
+from trainkit._engine.prepared import Prepared
 from trainkit.data._source import Source
 
 

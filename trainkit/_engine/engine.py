@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import clu.metrics
 import flax.struct
@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from trainkit._calls.calls import ONE_BY_ONE, Calls, CallSettings
-from trainkit._core.state import TrainState, key_of, with_raw_key
-from trainkit._core.tree import copy_arrays, describe, differences, is_key, key_generator, signature
+from trainkit._core.state import TrainState, key_impl, with_raw_key
+from trainkit._core.tree import copy_arrays, describe, differences, is_key, signature
 from trainkit._core.typing import Batch, PyTree
 from trainkit._engine.applied import KeptByFunction, check_applied
 from trainkit._engine.eval_loop import LoopedFeed, looped
 from trainkit._engine.padding import PaddingCheck
-from trainkit._feed.feed import Fed, Feed, SharedFeed, UnitFeed
+from trainkit._engine.prepared import Prepared
+from trainkit._feed.feed import Feed, SharedFeed, UnitFeed
 from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
 from trainkit._feed.stream import Stream
 from trainkit._step.checks import explained_errors
@@ -32,12 +33,6 @@ from trainkit.metrics._accumulator import Accumulator
 from trainkit.parallel._strategy import Role, Strategy
 
 
-def key_impl(state: TrainState) -> str:
-    """Returns the name of the generator behind the key of `state`."""
-    key = key_of(state)
-    return str(jax.random.key_impl(key)) if isinstance(key, jax.Array) else key_generator(key.dtype)
-
-
 def _with_loss_scale(collection: type[clu.metrics.Collection]) -> type[clu.metrics.Collection]:
     """Returns `collection` with the loss scale and the share of skipped updates, for training in float16."""
     extra = {
@@ -45,26 +40,6 @@ def _with_loss_scale(collection: type[clu.metrics.Collection]) -> type[clu.metri
         "skipped_updates": SkippedUpdates,
     }
     return flax.struct.dataclass(type(collection.__name__, (collection,), {"__annotations__": extra}))
-
-
-class Prepared(NamedTuple):
-    """A step ready to run on the batches of one source.
-
-    Attributes:
-        step: the compiled step.
-        accumulator: of the metrics it carries.
-        empty: what the carried metrics start from, on the devices.
-        feed: places the batches.
-        calls: dispatches training steps, one or several at a time.
-        batches: what the feed takes in place of the batches of the source.
-    """
-
-    step: Callable[..., Any]
-    accumulator: Accumulator
-    empty: PyTree
-    feed: Feed
-    calls: Calls
-    batches: Iterator[Any] | None = None
 
 
 class Engine:
@@ -90,7 +65,7 @@ class Engine:
         self._traits: dict[tuple[Any, ...], Traits] = {}
         self._expected: dict[str, threading.Event] = {}
         self._held_spec: dict[str, str] | None = None
-        self._padding, self._impl = PaddingCheck(), ""
+        self.padding = PaddingCheck(steps, strategy)
 
     def expect(self, **kinds: threading.Event) -> None:
         """Notes that steps of some kinds are being compiled, and when that is done."""
@@ -243,49 +218,6 @@ class Engine:
         zero = self.strategy.replicate(jnp.zeros((), jnp.int32))
         return prepared._replace(empty=(prepared.empty, zero))
 
-    def check_training(self, feed: Feed, step: int, raw: TrainState, held: PyTree, handed: Any) -> None:
-        """Refuses a loss whose rows depend on what pads their batch; to be called before the batch is trained on.
-
-        Args:
-            feed: pads it.
-            step: updates completed.
-            raw: the state after them, its key raw.
-            held: data on the device.
-            handed: the batch, or the numbers of its rows in `held`.
-        """
-        if not self._padding.is_due("training", lambda: step):
-            return
-        bare = raw.replace(opt_state=(), hooks={})
-
-        def run(fed: Fed) -> dict[str, Any]:
-            found, mask = self.strategy.fetch((self._row_losses(bare, held, fed.batch, fed.mask), fed.mask))
-            return {name: value[mask] for name, value in found.items()}
-
-        self._padding.compare("training", step, *feed.twice(handed), run)
-
-    def check_evaluation(self, prepared: Prepared, raw: TrainState, batch: Any) -> None:
-        """As `check_training`, before a padded batch is evaluated; compares what the metrics come to."""
-        if not self._padding.is_due("evaluation", lambda: int(raw.step)):
-            return
-        accumulator = prepared.accumulator
-
-        def run(fed: Fed) -> dict[str, Any]:
-            (packed, _), collected = self.strategy.fetch(
-                prepared.step(raw, prepared.empty, fed.batch, fed.mask)
-            )
-            return {**vars(accumulator.unpack(packed)), **accumulator.real_rows(collected)}
-
-        fed, other = prepared.feed.twice(batch)
-        self._padding.compare("evaluation", int(raw.step), fed, other, run, accumulator.reads_scalar)
-
-    @functools.cached_property
-    def _row_losses(self) -> Callable[..., dict[str, jax.Array]]:
-        def losses(raw: TrainState, held: PyTree, handed: Any, mask: Any) -> dict[str, jax.Array]:
-            return self.steps.row_losses(self._impl, raw, pick(held, handed), mask)
-
-        inputs = (Role.STATE, Role.WHOLE, Role.ROWS, Role.ROWS)
-        return self.strategy.compile(losses, inputs=inputs, outputs=Role.ROWS)
-
     def _compiled_eval(self, step: Callable[..., Any]) -> Callable[..., Any]:
         inputs, outputs = (Role.STATE, Role.WHOLE, self._rows, self._rows), (Role.WHOLE, self._rows)
         return self.strategy.compile(step, inputs=inputs, outputs=outputs)
@@ -421,7 +353,7 @@ class Engine:
         traits: Traits,
         feed: Feed,
     ) -> Prepared:
-        impl = self._impl = key_impl(state)
+        impl = key_impl(state)
         looks = _debugs_numbers()
         key = (kind, impl, repr(signature(traits.outputs)), str(traits.weighted), looks)
         if key not in self._prepared:

@@ -7,12 +7,18 @@ said; not the steps, nor how a batch is padded.
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
+from trainkit._core.state import TrainState, key_impl, with_raw_key
 from trainkit._core.typing import PyTree
-from trainkit._feed.feed import Fed
+from trainkit._engine.prepared import Prepared
+from trainkit._feed.feed import Fed, Feed
+from trainkit._feed.resident import pick
+from trainkit._step.steps import Steps
+from trainkit.parallel._strategy import Role, Strategy
 
 _LOG = logging.getLogger("trainkit")
 # Rows that are computed alike come out alike to the bit but for solvers and sums without an order.
@@ -20,12 +26,67 @@ _TOLERANCE = 1e-4
 
 
 class PaddingCheck:
-    """Compares two paddings of one batch, once for training and once for evaluation."""
+    """Compares two paddings of one batch, once for training and once for evaluation.
 
-    def __init__(self) -> None:
+    Args:
+        steps: of the trainer.
+        strategy: of the trainer.
+    """
+
+    def __init__(self, steps: Steps, strategy: Strategy) -> None:
+        self._steps, self._strategy = steps, strategy
         self._seen: dict[str, bool] = {}
 
-    def is_due(self, kind: str, step: Callable[[], int]) -> bool:
+    def training(self, feed: Feed, step: int, state: TrainState, held: PyTree, handed: Any) -> None:
+        """Refuses a loss whose rows depend on what pads their batch; to be called before the batch is trained on.
+
+        Args:
+            feed: pads it.
+            step: updates completed.
+            state: after them.
+            held: data on the device.
+            handed: the batch, or the numbers of its rows in `held`.
+        """
+        if not self._is_due("training", lambda: step):
+            return
+        impl, bare = key_impl(state), with_raw_key(state.replace(opt_state=(), hooks={}))
+
+        def run(fed: Fed) -> dict[str, Any]:
+            losses = self._row_losses(impl)(bare, held, fed.batch, fed.mask)
+            found, mask = self._strategy.fetch((losses, fed.mask))
+            return {name: value[mask] for name, value in found.items()}
+
+        self._compare("training", step, *feed.twice(handed), run)
+
+    def evaluation(self, prepared: Prepared, raw: TrainState, batch: Any) -> None:
+        """As `training`, before a padded batch is evaluated; compares what the metrics come to.
+
+        Args:
+            prepared: the evaluation step.
+            raw: the state that it takes.
+            batch: of the source.
+        """
+        if not self._is_due("evaluation", lambda: int(raw.step)):
+            return
+        accumulator = prepared.accumulator
+
+        def run(fed: Fed) -> dict[str, Any]:
+            (packed, _), collected = self._strategy.fetch(
+                prepared.step(raw, prepared.empty, fed.batch, fed.mask)
+            )
+            return {**vars(accumulator.unpack(packed)), **accumulator.real_rows(collected)}
+
+        fed, other = prepared.feed.twice(batch)
+        self._compare("evaluation", int(raw.step), fed, other, run, accumulator.reads_scalar)
+
+    def _row_losses(self, impl: str) -> Callable[..., dict[str, jax.Array]]:
+        def losses(raw: TrainState, held: PyTree, handed: Any, mask: Any) -> dict[str, jax.Array]:
+            return self._steps.row_losses(impl, raw, pick(held, handed), mask)
+
+        inputs = (Role.STATE, Role.WHOLE, Role.ROWS, Role.ROWS)
+        return self._strategy.compile(losses, inputs=inputs, outputs=Role.ROWS)
+
+    def _is_due(self, kind: str, step: Callable[[], int]) -> bool:
         """Says whether padded batches are still to be looked at.
 
         Args:
@@ -35,7 +96,7 @@ class PaddingCheck:
         # An untrained model may be constant, with nothing yet to be mixed.
         return not self._seen.get(kind, False) and (kind not in self._seen or step() > 0)
 
-    def compare(
+    def _compare(
         self,
         kind: str,
         step: int,

@@ -41,7 +41,7 @@ def evaluate(
     prepared = engine.prepare_eval(state, source, first)
     state = with_raw_key(engine.evaluated(state))
     accumulator, feed, rows = prepared.accumulator, prepared.feed, _Rows(engine)
-    feed.on_padding = functools.partial(engine.check_evaluation, prepared, state)
+    feed.on_padding = functools.partial(engine.padding.evaluation, prepared, state)
     collects, in_flight = accumulator.has_collecting, feed.in_flight
     carry, segments, carried, given = prepared.empty, [], 0, 0
     for number, batch in enumerate(prepared.batches or batches, start=1):

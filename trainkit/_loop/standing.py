@@ -3,8 +3,7 @@
 import dataclasses
 
 from trainkit._core.position import Position
-from trainkit._core.state import TrainState, with_raw_key, with_typed_key
-from trainkit._engine.engine import key_impl
+from trainkit._core.state import TrainState, key_impl, with_raw_key, with_typed_key
 from trainkit._loop.request import Request, plan_of
 from trainkit._resume.saved import Saved
 from trainkit.callbacks._callback import Callback
