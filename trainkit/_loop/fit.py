@@ -33,6 +33,8 @@ from trainkit.writers._writer import MetricWriter
 def fit(engine: Engine, run: Run, request: Request) -> FitResult:
     """Trains as `request` says and returns what came of it; `run` then stands where that ended.
 
+    Of a dry run nothing is kept but what the trainer holds.
+
     Args:
         engine: of the trainer.
         run: its run.
@@ -68,6 +70,9 @@ def _fit(
     if saved is not None and saved.fit > request.fit:
         run.begin(saved)
         return _done_before(run, saved)
+    if saved is None:
+        run.take_back(writer)
+    run.adopt(request.callbacks)
     loop = Loop(
         engine,
         request,
@@ -87,6 +92,7 @@ def _fit(
         return loop.run()
     finally:
         run.state, run.shown = loop.standing.state, True
+        run.behind = loop.standing.came_to is not None
 
 
 def _done_before(run: Run, saved: Saved) -> FitResult:

@@ -59,6 +59,11 @@ class Saving:
         for keeper in keepers:
             keeper.save(self._standing.step, lambda labels: self._contents(labels, interrupted))
 
+    def stand_back(self) -> None:
+        """Has every checkpoint end at the step to which the run went back at its end."""
+        for keeper in self._keepers:
+            keeper.stand_at(self._standing.step, lambda labels: self._contents(labels, False))
+
     def roll_back(self) -> None:
         """Goes back to the newest checkpoint, as a callback asked."""
         standing = self._standing
@@ -97,6 +102,7 @@ class Saving:
             epoch_end_owed=standing.epoch_end_owed,
             stopped_by=None if interrupted else standing.stopped_by,
             choice=None if choice is None else str(choice),
+            came_to=standing.came_to,
             **self._record.state(standing.step),
         )
         return contents_of(standing.state, saved, labels)

@@ -35,6 +35,8 @@ class Saved:
         metrics: the training metrics accumulated.
         history: the scalars logged.
         written: the names written to the logs at this step.
+        came_to: the step at which the fit was over, where it went back to this one at its end; logs and history hold
+            what is up to there. Else None.
     """
 
     step: int
@@ -52,6 +54,7 @@ class Saved:
     metrics: Mapping[str, Any]
     history: Mapping[str, Any]
     written: tuple[str, ...]
+    came_to: int | None = None
 
 
 def contents_of(state: TrainState, saved: Saved, labels: Mapping[str, Any]) -> Contents:
