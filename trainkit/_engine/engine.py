@@ -305,6 +305,10 @@ class Engine:
         params, stats = self._read_average(with_raw_key(state.replace(opt_state=(), hooks={})), memory)
         return state.replace(params=params, batch_stats=stats)
 
+    def training_metrics(self) -> Accumulator:
+        """Returns an accumulator of the training metrics, which no step has specified yet."""
+        return Accumulator(self._collections["training"])
+
     def describe_calls(self) -> str:
         """Returns in a few words how training steps are put into calls and what they are given."""
         return "open until the first fit" if self._last_calls is None else self._last_calls.describe()

@@ -3,6 +3,7 @@
 Owns the way in and out; what happens in between is the loop's.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +20,10 @@ from trainkit._engine.engine import Engine
 from trainkit._loop.interrupts import Interrupts
 from trainkit._loop.loop import Loop
 from trainkit._loop.request import Request
-from trainkit._loop.result import FitResult
+from trainkit._loop.result import FitResult, summarized
 from trainkit._loop.run import Ongoing, Run
+from trainkit._loop.stopwatch import PARTS
+from trainkit._loop.told import direction_of
 from trainkit._resume.restore import restore_state
 from trainkit._resume.saved import Saved
 from trainkit.data._batch import GlobalBatch
@@ -69,7 +72,7 @@ def _fit(
         run.state, run.shown = restore_state(engine, found[0], found[1].step, current), False
     if saved is not None and saved.fit > request.fit:
         run.begin(saved)
-        return _done_before(run, saved)
+        return _done_before(engine, run, saved)
     if saved is None:
         run.take_back(writer)
     run.adopt(request.callbacks)
@@ -95,7 +98,7 @@ def _fit(
         run.behind = loop.standing.came_to is not None
 
 
-def _done_before(run: Run, saved: Saved) -> FitResult:
+def _done_before(engine: Engine, run: Run, saved: Saved) -> FitResult:
     """Returns the result of a fit after which the run was in a later one when it ended."""
     assert run.state is not None
     run.shown = True
@@ -106,6 +109,8 @@ def _done_before(run: Run, saved: Saved) -> FitResult:
         seconds=0.0,
         stopped_by=None,
         history=run.history,
+        metrics=summarized(run.history, functools.partial(direction_of, engine.training_metrics())),
+        timing=dict.fromkeys(PARTS, 0.0),
     )
 
 

@@ -66,14 +66,14 @@ class Run:
         behind: whether logs and history hold more than the step at which the run stands.
     """
 
+    _ongoing: Ongoing | None = None
+
     def __init__(self) -> None:
         self.history, self.position, self.fits = History(), Position(), 0
         self.data: Any = None
         self.state: TrainState | None = None
         self.shown = self.behind = False
         self._identity = object()
-        self._ongoing: Ongoing | None = None
-        self._entering = threading.Lock()
         self._catching_up = True
 
     # During a fit ---------------------------------------------------------------------------------------------
@@ -85,13 +85,14 @@ class Run:
         Raises:
             RuntimeError: one runs.
         """
-        with self._entering:
+        ongoing = Ongoing()
+        # Set where it is not, in one go: of two threads one is refused. (A lock could not be copied with its trainer.)
+        while vars(self).setdefault("_ongoing", ongoing) is not ongoing:
             self.refuse_in_fit("fit", FIT_INSTEAD)
-            ongoing = self._ongoing = Ongoing()
         try:
             yield ongoing
         finally:
-            self._ongoing = None
+            del vars(self)["_ongoing"]
 
     def refuse_in_fit(self, what: str, instead: str) -> None:
         """Refuses what would pull the state from under a fit that runs.

@@ -74,7 +74,8 @@ class Stopwatch:
         try:
             yield
         finally:
-            jax.monitoring.unregister_event_duration_listener(note)
+            with contextlib.suppress(Exception):  # somebody may have cleared all listeners
+                jax.monitoring.unregister_event_duration_listener(note)
 
     def _note(self, seconds: float) -> None:
         if self._part == "compile":
