@@ -220,10 +220,11 @@ def test_a_second_fit_after_no_stop_keeps_the_count():
     assert stops_at(stopping, [2.0]) == 0
 
 
-def test_another_trainer_begins_afresh():
+def test_another_run_begins_afresh():
     stopping = begin(EarlyStopping("eval/loss", mode="min", patience=2, restore_best=True))
     evaluations(stopping, [1.0, 2.0, 2.0], state=make_state())
-    begin(stopping)
+    stopping.reset()
+    begin(stopping, step=30)
     assert stopping.state_dict() == {"best": None, "best_step": 0, "count": 0}
     assert stopping.on_fit_end(make_info(30)) is None
     assert stops_at(EarlyStopping("eval/loss", mode="min", patience=2), []) is None

@@ -253,7 +253,14 @@ def test_in_part_a_fresh_average_begins_at_what_was_taken(run):
 
 
 @pytest.mark.parametrize(
-    "only", [("params/Dense_0",), ["params/Dense_0/kernel", "params/Dense_0/bias"], "params/Dense_0"]
+    "only",
+    [
+        ("params/Dense_0",),
+        ["params/Dense_0/kernel", "Dense_0/bias"],
+        "params/Dense_0",
+        "Dense_0",
+        ("Dense_0/",),
+    ],
 )
 def test_in_part_by_prefixes(run, only):
     logdir, made = run
@@ -299,8 +306,12 @@ def test_in_part_needs_a_state_and_something_asked_for(run):
         classifier().restore(run[0], partial=True)
     tuned = classifier()
     tuned.init(arrays(16))
-    for only in ((), ("params/Dense",), ("params/typo", "opt_state")):
-        with pytest.raises(ValueError, match=r"nothing of the checkpoint in .* fits this model"):
+    with pytest.raises(ValueError, match=r"nothing of the checkpoint in .* fits this model"):
+        tuned.restore(run[0], partial=())
+    for only in (("params/Dense",), ("typo", "opt_state"), ("Dense_0", "opt_state")):
+        with pytest.raises(
+            ValueError, match=r"beginning of no array.*begin with .*params/Dense_0.*'encoder'"
+        ):
             tuned.restore(run[0], partial=only)
 
 

@@ -56,6 +56,15 @@ class History(Mapping[str, list[tuple[int, float]]]):
         """Returns the newest value of `name`."""
         return self._named(name)[1][-1]
 
+    def rewind(self, step: int) -> None:
+        """Forgets what was logged after `step`, and names under which nothing is left."""
+        series = {}
+        for name, (steps, values) in self._series.items():
+            kept = [index for index, at in enumerate(steps) if at <= step]
+            if kept:
+                series[name] = _series([steps[index] for index in kept], [values[index] for index in kept])
+        self._series = series
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the steps, int64[n], and values, float64[n], of each name."""
         return {

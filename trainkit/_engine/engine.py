@@ -9,15 +9,17 @@ import clu.metrics
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trainkit._calls.calls import ONE_BY_ONE, Calls, CallSettings
 from trainkit._core.state import TrainState, key_impl, with_raw_key
-from trainkit._core.tree import copy_arrays, describe, differences, is_key, signature
+from trainkit._core.tree import copy_arrays, describe, is_key, signature
 from trainkit._core.typing import Batch, PyTree
 from trainkit._engine.applied import KeptByFunction, check_applied
 from trainkit._engine.eval_loop import LoopedFeed, looped
 from trainkit._engine.padding import PaddingCheck
 from trainkit._engine.prepared import Prepared
+from trainkit._engine.updates import check_updated
 from trainkit._feed.feed import Feed, SharedFeed, UnitFeed
 from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
 from trainkit._feed.stream import Stream
@@ -60,6 +62,7 @@ class Engine:
         self._prepared: dict[tuple[Any, ...], tuple[Callable[..., Any], Accumulator, PyTree, Calls]] = {}
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._applied = KeptByFunction()
+        self._announced: set[str] = set()
         self._settings = settings
         self._last_calls: Calls | None = None
         self._traits: dict[tuple[Any, ...], Traits] = {}
@@ -110,8 +113,7 @@ class Engine:
 
     def init(self, seed: int, batch: Batch | GlobalBatch) -> TrainState:
         """Returns a fresh state on the devices, initialised by one compiled program."""
-        check_batch(spec_of(batch))
-        rows = self._rows_of(spec_of(batch))
+        _, rows = self._first_spec(batch, "initialisation")
         with explained_errors():
             if isinstance(batch, GlobalBatch):
                 # Each process reads its rows; the devices, not the hosts, put them together.
@@ -138,7 +140,9 @@ class Engine:
             state = state.replace(rng=jax.random.split(jax.random.key(seed))[1])
         return self.strategy.lay_out(self.steps.with_hooks(state))
 
-    def updated(self, state: TrainState, fn: Callable[[TrainState], TrainState], *, by: str) -> TrainState:
+    def updated(
+        self, state: TrainState, fn: Callable[[TrainState], TrainState], *, by: str
+    ) -> tuple[TrainState, bool]:
         """Returns `fn(state)` such that the step, which takes its buffers, need not compile anew.
 
         Args:
@@ -146,17 +150,18 @@ class Engine:
             fn: changes values only.
             by: name of who asked for it.
 
+        Returns:
+            The state, and whether its `step` is another.
+
         Raises:
-            ValueError: `fn` changed structure, shapes or dtypes.
+            TypeError: `fn` returned no train state.
+            ValueError: `fn` changed structure, shapes, dtypes, or what is no array.
         """
         new = fn(state)
-        changed = differences(signature(state), signature(new))
-        if changed:
-            raise ValueError(
-                f"{by} returned an Update that changes the structure of the state: {'; '.join(changed)}. Keep "
-                "structure, shapes and dtypes, so that the step need not compile again."
-            )
-        return self.strategy.lay_out(copy_arrays(jax.tree.map(_strong, new, state)))
+        check_updated(state, new, by=by)
+        # The same object tells, without waiting for the devices, that the step did not change.
+        moved = new.step is not state.step and not np.array_equal(new.step, state.step)
+        return self.strategy.lay_out(copy_arrays(jax.tree.map(_strong, new, state))), moved
 
     def prepare_train(
         self, state: TrainState, source: Source, first: Batch | GlobalBatch, least_rows: int = 0
@@ -169,9 +174,7 @@ class Engine:
             first: the first of them.
             least_rows: to how many rows batches are padded at least, where padding is exact.
         """
-        first = spec_of(first)
-        check_batch(first)
-        rows = self._rows_of(first)
+        first, rows = self._first_spec(first, "training")
         traits = self._inspect("training", inspect_train, state, first)
         exact, why = traits.per_example and not state.batch_stats, "the model keeps batch statistics"
         if not traits.per_example:
@@ -196,9 +199,7 @@ class Engine:
 
     def prepare_eval(self, state: TrainState, source: Source, first: Batch | GlobalBatch) -> Prepared:
         """Returns the evaluation step for `source`, as `prepare_train`."""
-        first = spec_of(first)
-        check_batch(first)
-        rows = self._rows_of(first)
+        first, rows = self._first_spec(first, "evaluation")
         traits = self._inspect("evaluation", inspect_eval, state, first)
         exact = traits.per_example
         feed = self._feed(
@@ -251,9 +252,7 @@ class Engine:
         self, state: TrainState, first: Batch | GlobalBatch
     ) -> tuple[Callable[..., Any], Feed]:
         """Returns the prediction step and the feed for batches like `first`."""
-        first = spec_of(first)
-        check_batch(first)
-        rows = self._rows_of(first)
+        first, rows = self._first_spec(first, "prediction")
         feed = self._feed(rows=rows, may_be_partial=True, exact=True, what="prediction")
         return self._predict(key_impl(state)), feed
 
@@ -301,6 +300,10 @@ class Engine:
         params, stats = self._read_average(with_raw_key(state.replace(opt_state=(), hooks={})), memory)
         return state.replace(params=params, batch_stats=stats)
 
+    def training_metrics(self) -> Accumulator:
+        """Returns an accumulator of the training metrics, which no step has specified yet."""
+        return Accumulator(self._collections["training"])
+
     def describe_calls(self) -> str:
         """Returns in a few words how training steps are put into calls and what they are given."""
         return "open until the first fit" if self._last_calls is None else self._last_calls.describe()
@@ -315,13 +318,23 @@ class Engine:
         """What a batch and its outputs are to the devices: a unit is whole on each."""
         return Role.WHOLE if self.steps.units else Role.ROWS
 
-    def _rows_of(self, batch: Batch) -> int:
-        return 1 if self.steps.units else batch_size_of(batch)
+    def _first_spec(self, batch: Batch | GlobalBatch, what: str) -> tuple[Any, int]:
+        """Returns the shapes and dtypes of a first batch and its rows, refusing what no step can be made for."""
+        spec = spec_of(batch)
+        check_batch(spec)
+        rows = 1 if self.steps.units else batch_size_of(spec)
+        if not rows:
+            raise ValueError(
+                f"the first batch for {what} has 0 rows: there is nothing to compute a loss of. Leave empty batches "
+                "out of the source, or look at the filter that made it."
+            )
+        return spec, rows
 
     def _feed(self, **options: Any) -> Feed:
         if self.steps.units:
             return UnitFeed(self.strategy)
-        return (Feed if self.strategy.processes == 1 else SharedFeed)(self.strategy, **options)
+        kind = Feed if self.strategy.processes == 1 else SharedFeed
+        return kind(self.strategy, announced=self._announced, **options)
 
     def _predict(self, impl: str) -> Callable[..., Any]:
         roles = {"inputs": (Role.STATE, self._rows, self._rows), "outputs": self._rows}

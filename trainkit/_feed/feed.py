@@ -43,19 +43,28 @@ class Feed:
         exact: whether masked rows leave the step exact.
         what: name of the step in messages, e.g. "training".
         why: why padding is not exact, for the announcement.
+        announced: names of the steps of which that was said, to be said once for all feeds that share it.
 
     Attributes:
         on_padding: called with each batch that is about to be padded, where there is one.
     """
 
     def __init__(
-        self, strategy: Strategy, *, rows: int, may_be_partial: bool, exact: bool, what: str, why: str = ""
+        self,
+        strategy: Strategy,
+        *,
+        rows: int,
+        may_be_partial: bool,
+        exact: bool,
+        what: str,
+        why: str = "",
+        announced: set[str] | None = None,
     ) -> None:
         self._strategy, self._exact, self._what, self._why = strategy, exact, what, why
         self._rows = self._round_up(rows) if exact else rows
         masked = exact and (may_be_partial or self._rows != rows)
         self._full_mask = strategy.place(mask(self._rows, self._rows)) if masked else None
-        self._announced = False
+        self._announced = set() if announced is None else announced
         self.on_padding: Callable[[Any], None] | None = None
 
     @property
@@ -108,10 +117,11 @@ class Feed:
         return -(-rows // shards) * shards
 
     def _announce(self, real: int) -> None:
-        if not self._announced:
-            self._announced = True
+        if self._what not in self._announced:
+            self._announced.add(self._what)
             _LOG.warning(
-                "a %s batch has %d examples, others %d: it is compiled at its own shape, because %s.",
+                "%s %s batch has %d examples, others %d: it is compiled at its own shape, because %s.",
+                "an" if self._what[0] in "aeiou" else "a",
                 self._what,
                 real,
                 self._rows,

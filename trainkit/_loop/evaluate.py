@@ -26,11 +26,16 @@ _FETCH_BEHIND = 4
 
 
 def evaluate(
-    engine: Engine, state: TrainState, source: Source, interrupted: Callable[[], bool] = lambda: False
+    engine: Engine,
+    state: TrainState,
+    source: Source,
+    interrupted: Callable[[], bool] = lambda: False,
+    wait: Callable[[PyTree], None] | None = None,
 ) -> dict[str, Any] | None:
     """Returns the metrics of `state` over one pass of `source`, floats or NumPy arrays by name.
 
-    It is None where `interrupted` said so between two batches.
+    It is None where `interrupted` said so between two batches. `wait` is given the state before anything waits for the
+    devices, so that it can be told from the evaluation how long the steps before it took.
 
     Raises:
         ValueError: the source is empty.
@@ -57,8 +62,12 @@ def evaluate(
             segments.append(carry)
             carry, carried = prepared.empty, 0
         if in_flight and number % in_flight == 0:
+            if wait is not None and number == in_flight:
+                wait(state)
             jax.block_until_ready(carry)
     feed.on_padding = None  # it holds the state
+    if wait is not None:
+        wait(state)
     segments = [engine.strategy.fetch(segment) for segment in [*segments, carry]]
     _check_count(sum(int(counted) for _, counted in segments), given, source)
     merged = accumulator.merge([packed for packed, _ in segments])

@@ -3,6 +3,7 @@
 Owns the way in and out; what happens in between is the loop's.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -20,8 +21,10 @@ from trainkit._feed.stream import Stream
 from trainkit._loop.interrupts import Interrupts
 from trainkit._loop.loop import Loop
 from trainkit._loop.request import Request
-from trainkit._loop.result import FitResult
+from trainkit._loop.result import FitResult, summarized
 from trainkit._loop.run import Ongoing, Run
+from trainkit._loop.stopwatch import PARTS
+from trainkit._loop.told import direction_of
 from trainkit._resume.restore import restore_state
 from trainkit._resume.saved import Saved
 from trainkit.data._base import Source
@@ -33,6 +36,8 @@ from trainkit.writers._writer import MetricWriter
 
 def fit(engine: Engine, run: Run, request: Request) -> FitResult:
     """Trains as `request` says and returns what came of it; `run` then stands where that ended.
+
+    Of a dry run nothing is kept but what the trainer holds.
 
     Args:
         engine: of the trainer.
@@ -68,7 +73,10 @@ def _fit(
         run.state, run.shown = restore_state(engine, found[0], found[1].step, current), False
     if saved is not None and saved.fit > request.fit:
         run.begin(saved)
-        return _done_before(run, saved)
+        return _done_before(engine, run, saved)
+    if saved is None:
+        run.take_back(writer)
+    run.adopt(request.callbacks)
     loop = Loop(
         engine,
         request,
@@ -89,9 +97,10 @@ def _fit(
     finally:
         run.state, run.shown = loop.standing.state, True
         run.put_down(loop.unread)
+        run.behind = loop.standing.came_to is not None
 
 
-def _done_before(run: Run, saved: Saved) -> FitResult:
+def _done_before(engine: Engine, run: Run, saved: Saved) -> FitResult:
     """Returns the result of a fit after which the run was in a later one when it ended."""
     assert run.state is not None
     run.shown = True
@@ -102,6 +111,8 @@ def _done_before(run: Run, saved: Saved) -> FitResult:
         seconds=0.0,
         stopped_by=None,
         history=run.history,
+        metrics=summarized(run.history, functools.partial(direction_of, engine.training_metrics())),
+        timing=dict.fromkeys(PARTS, 0.0),
     )
 
 

@@ -17,7 +17,7 @@ from trainkit._core.cadence import NEVER, At, Every
 from trainkit._core.history import History
 from trainkit._core.position import Position
 from trainkit._core.state import TrainState
-from trainkit._core.typing import Batch
+from trainkit._core.typing import Batch, PyTree
 from trainkit._debug.failures import Failures
 from trainkit._engine.engine import Engine
 from trainkit._feed.feed import Fed
@@ -28,7 +28,7 @@ from trainkit._loop.evaluate import evaluate
 from trainkit._loop.interrupts import Interrupts, agree
 from trainkit._loop.record import Record
 from trainkit._loop.request import LAST_STEP, Request, refuse_overflow
-from trainkit._loop.result import FitResult
+from trainkit._loop.result import FitResult, summarized
 from trainkit._loop.saving import Saving
 from trainkit._loop.standing import standing_of
 from trainkit._loop.stopwatch import Stopwatch
@@ -79,7 +79,7 @@ class Loop:
         batches = self._supply.batches(begun, position.batch) if self._supply.holds else batches
         self._intake, self._opened = self._intake_of(batches), True
         self._begin_calls(resumed)
-        self._metrics = TrainMetrics(self._prepared.accumulator, self._prepared.empty)
+        self._metrics = TrainMetrics(self._prepared.accumulator, self._prepared.empty, self._wait_for)
         self._record = Record(request.callbacks, writer, history, self._metrics)
         self._epoch_reader = self._metrics.reader("epoch")
         self._started, self._agreed_seconds = self._clock(), 0.0
@@ -132,8 +132,7 @@ class Loop:
                 self._save(everyone=True)
             while not self._finished():
                 self._epoch()
-            with self._watch.on("callbacks"):
-                self._dispatch.call("on_fit_end")
+            self._end()
             if standing.rollback is not None:
                 self._roll_back()
         except BaseException as exc:
@@ -146,15 +145,28 @@ class Loop:
             for other in errors[1:]:
                 errors[0].add_note(f"close of a callback raised as well: {other!r}")
             raise errors[0]
+        step = int(standing.raw.step)  # waits for it
+        seconds, timing = self._watch.read()
         return FitResult(
             state=standing.state,
-            step=int(standing.raw.step),
+            step=step,
             epoch=standing.position.epoch,
-            seconds=self._watch.elapsed,
+            seconds=seconds,
             # A signal that came after the last step was not acted upon, and is not to be swallowed.
             stopped_by=standing.stopped_by or self._interrupts.noted,
             history=self._history,
+            timing=timing,
+            metrics=summarized(self._history, self._told.direction),
         )
+
+    def _end(self) -> None:
+        came_before = self.standing.came_to
+        self._told.going_back = "ignored" if self._interrupted else "allowed"
+        with self._watch.on("callbacks"):
+            self._dispatch.call("on_fit_end")
+        if self.standing.came_to != came_before:
+            with self._watch.on("save"):
+                self._saving.stand_back()
 
     def _make_timetables(self) -> None:
         step = self.standing.step
@@ -181,7 +193,8 @@ class Loop:
         return self._agreed_seconds if self._together else self._clock() - self._started
 
     def _finished(self) -> bool:
-        return self.standing.stopped_by is not None or self._over()
+        standing = self.standing
+        return standing.stopped_by is not None or standing.came_to is not None or self._over()
 
     def _over(self) -> bool:
         """Says whether all that was asked for is done."""
@@ -325,6 +338,8 @@ class Loop:
         now = self._seconds()
         steppers = self._steppers.take_due(self.standing.step, epoch, now)
         evaluations = self._evaluations.take_due(self.standing.step, epoch, now)
+        if self._request.dry and self._over():  # everything is tried once, however far it is off
+            steppers, evaluations = self._steppers.things, self._evaluations.things
         if self._together and steppers:
             # Here on all processes, in case a callback looks at its metrics on one of them only.
             self._metrics.cut()
@@ -378,11 +393,18 @@ class Loop:
         state = self._engine.averaged(self.standing.state)
         metrics: dict[str, Any] = {}
         for name, source in self._request.evaluations.items():
-            values = evaluate(self._engine, state, source, lambda: self._interrupts.received is not None)
+            values = evaluate(
+                self._engine, state, source, lambda: self._interrupts.received is not None, self._wait_for
+            )
             if values is None:
                 return None
             metrics |= {f"{name}/{metric}": value for metric, value in values.items()}
         return metrics
+
+    def _wait_for(self, tree: PyTree) -> None:
+        """Waits for arrays of the training steps, where something is to wait for them anyway."""
+        with self._watch.on("step"):
+            jax.block_until_ready(tree)
 
     # Saving and going back ------------------------------------------------------------------------------------
 
@@ -395,6 +417,7 @@ class Loop:
             return
         if keepers:
             place = self._intake.place(self.standing.position.batch)
+            self._wait_for(self.standing.raw)  # what is saved is read at once
             with self._watch.on("save"):
                 self._saving.save(keepers, place, interrupted=self._interrupted)
 

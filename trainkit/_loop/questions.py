@@ -14,6 +14,7 @@ from trainkit._core.typing import PyTree
 from trainkit._engine.engine import Engine
 from trainkit._loop.evaluate import evaluate, predict
 from trainkit.data._source import Source, as_source
+from trainkit.data._take import take
 
 AVERAGED = ("averaged", "ema")
 """The names of the averaged weights."""
@@ -36,11 +37,12 @@ class Questions:
     ) -> None:
         self._engine, self._state, self._timed = engine, state, timed
 
-    def evaluate(self, data: Any, *, weights: str = "averaged") -> dict[str, Any]:
+    def evaluate(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> dict[str, Any]:
         """Returns the metrics over one pass; of several sources by name, `<name>/<metric>`."""
         units = self._engine.steps.units
         named = is_named(data) and not units
-        sources = eval_sources(data, units=units) if named else {"": self._source(data)}
+        found = eval_sources(data, units=units) if named else {"": self._source(data)}
+        sources = {name: limited(source, limit) for name, source in found.items()}
         with self._timed("eval"):
             state, found = self.weighted(weights), {}
             for name, source in sources.items():
@@ -49,9 +51,9 @@ class Questions:
                 found |= {f"{name}/{metric}" if name else metric: value for metric, value in metrics.items()}
         return found
 
-    def predict(self, data: Any, *, weights: str = "averaged") -> PyTree:
+    def predict(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> PyTree:
         """Returns what `predict_step` gives for each example, in order, as NumPy arrays."""
-        source = self._source(data)
+        source = limited(self._source(data), limit)
         with self._timed("eval"):
             return predict(self._engine, self.weighted(weights), source)
 
@@ -78,6 +80,17 @@ class Questions:
                 f"weights={weights!r}: the choices are 'averaged' (or 'ema', its other name) and 'live'."
             )
         return self._state()
+
+
+def limited(source: Source, limit: int | None) -> Source:
+    """Returns at most `limit` batches of each pass over `source`; all where it is None."""
+    if limit is None:
+        return source
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise ValueError(
+            f"limit={limit!r}: must be an int of at least 1, batches of a pass, or None for all."
+        )
+    return take(source, limit)
 
 
 def is_named(data: Any) -> bool:

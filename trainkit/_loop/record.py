@@ -74,7 +74,8 @@ class Record:
             replicate: puts the running metrics on the devices.
             without: a callback that keeps what it remembers.
         """
-        self._writer.rewind(saved.step, saved.written)
+        if saved.came_to is None:  # else the logs keep what came after the step that the run went back to
+            self._writer.rewind(saved.step, saved.written)
         # The names at that step too: all that stood there when it was saved is noted anew.
         self._ledger.rewind(saved.step - 1)
         if saved.written:

@@ -10,6 +10,7 @@ from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._info import Plan
 from trainkit.checkpoint._store import Store
 from trainkit.data._source import Source
+from trainkit.data._take import take
 from trainkit.writers._writer import MetricWriter
 
 LAST_STEP = 2**31 - 1
@@ -34,6 +35,7 @@ class Request:
         writers: those of the user.
         stores: the checkpoints that it goes on from; none where it is not to be resumed.
         keep_compiled: whether compiled programs are kept in `logdir`.
+        dry: whether everything is only tried out.
     """
 
     fit: int
@@ -49,6 +51,22 @@ class Request:
     writers: tuple[MetricWriter, ...] = ()
     stores: tuple[Store, ...] = ()
     keep_compiled: bool = True
+    dry: bool = False
+
+    def as_dry_run(self, steps: int, logdir: pathlib.Path) -> "Request":
+        """Returns the same request for a fit of a few steps, evaluations of as many batches, in a folder."""
+        return dataclasses.replace(
+            self,
+            source=take(self.source, steps * self.accumulate),
+            epochs=None if self.epochs is None else 1,
+            steps=None if self.steps is None else min(self.steps, steps),
+            evaluations={name: take(source, steps) for name, source in self.evaluations.items()},
+            logdir=logdir,
+            writers=(),
+            stores=(),
+            keep_compiled=False,
+            dry=True,
+        )
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.source.endless:
@@ -80,4 +98,4 @@ def plan_of(request: Request, step: int, position: Position, first_step: int, fi
         if last_epoch is not None:
             to_go = last_epoch - position.epoch + (1 if position.batch else 0)
             steps = step + (left + (to_go - 1) * per_epoch if to_go > 0 else 0)
-    return Plan(first_step, steps, last_epoch, per_epoch, tuple(request.evaluations))
+    return Plan(first_step, steps, last_epoch, per_epoch, tuple(request.evaluations), request.dry)

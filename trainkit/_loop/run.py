@@ -1,6 +1,7 @@
 """Where a trainer stands in its run, over all of its fits. Owns what a checkpoint sets back; trains nothing."""
 
 import contextlib
+import copy
 import os
 import threading
 import weakref
@@ -18,9 +19,12 @@ from trainkit._loop.stopwatch import Stopwatch
 from trainkit._resume.choose import choose, newest_of
 from trainkit._resume.restore import Restored, restore_built, restore_partly, restore_state
 from trainkit._resume.saved import Saved, load_saved
+from trainkit.callbacks._callback import AFRESH, Callback
 from trainkit.checkpoint._store import Store
 from trainkit.data._base import Source
 from trainkit.writers._writer import MetricWriter
+
+_SERVES = "_run_it_serves"
 
 FIT_INSTEAD = "return tk.Stop(reason) from the hook to end this one, and call fit after it"
 """What to do about a fit within a fit."""
@@ -62,15 +66,17 @@ class Run:
         state: the train state between fits, None before there is one.
         shown: whether the user may hold it, so that a step must not take its buffers.
         place: where the source stood in the process that the run is taken up from, None where nothing is known.
+        behind: whether logs and history hold more than the step at which the run stands.
     """
+
+    _ongoing: Ongoing | None = None
 
     def __init__(self) -> None:
         self.history, self.position, self.fits = History(), Position(), 0
         self.data: Any = None
         self.state: TrainState | None = None
-        self.shown = False
-        self._ongoing: Ongoing | None = None
-        self._entering = threading.Lock()
+        self.shown = self.behind = False
+        self._identity = object()
         self.place: Mapping[str, Any] | None = None
         self._catching_up = True
         self._facts: Mapping[str, Any] = {}
@@ -85,13 +91,14 @@ class Run:
         Raises:
             RuntimeError: one runs.
         """
-        with self._entering:
+        ongoing = Ongoing()
+        # Set where it is not, in one go: of two threads one is refused. (A lock could not be copied with its trainer.)
+        while vars(self).setdefault("_ongoing", ongoing) is not ongoing:
             self.refuse_in_fit("fit", FIT_INSTEAD)
-            ongoing = self._ongoing = Ongoing()
         try:
             yield ongoing
         finally:
-            self._ongoing = None
+            del vars(self)["_ongoing"]
 
     def refuse_in_fit(self, what: str, instead: str) -> None:
         """Refuses what would pull the state from under a fit that runs.
@@ -198,6 +205,33 @@ class Run:
         left = stream if stream is not None or kept[2] is None or kept[2].ended else kept[2]
         self._open[id(self.data)] = *kept[:2], left
 
+    def become(self, state: TrainState, *, shown: bool) -> None:
+        """Stands at a state that no fit of this run came to: another run, for which callbacks begin afresh."""
+        self.state, self.shown, self.behind, self._identity = state, shown, False, object()
+
+    def adopt(self, callbacks: Sequence[Callback]) -> None:
+        """Has callbacks that served another run begin afresh; the others go on."""
+        for callback in callbacks:
+            known = vars(callback)
+            if known.get(_SERVES) is self._identity:
+                continue
+            if _SERVES in known:
+                callback.reset()
+            elif callback.implements("state_dict") and callback.implements("load_state_dict"):
+                # What it is to go back to; one that can't tell before its first fit has a `reset` of its own.
+                with contextlib.suppress(Exception):
+                    known[AFRESH] = copy.deepcopy(callback.state_dict())
+            known[_SERVES] = self._identity
+
+    def take_back(self, writer: MetricWriter) -> None:
+        """Takes back what was logged after the step at which the run stands, for a fit that goes on from there."""
+        if self.behind:
+            writer.rewind(
+                self.steps_done + 1, ()
+            )  # at that step nothing stays, and at the one before it all does
+            self.history.rewind(self.steps_done)
+        self.behind = False
+
     def forget_data(self) -> None:
         """Takes whatever the next fit trains on for the data in which the run stands."""
         self.data, self.position.rows = None, 0
@@ -239,6 +273,7 @@ class Run:
         """Stands where `saved` was."""
         self.position.epoch, self.position.batch, self.position.rows = saved.epoch, saved.batch, saved.rows
         self.history.load_state_dict(saved.history)
+        self.behind = saved.came_to is not None
         self.place, self._facts = saved.place, saved.data
         self._open.clear()
 
@@ -271,15 +306,15 @@ def restore(
         if current is None:
             raise RuntimeError("partial= fills in a state there is: call trainer.init(batch) first.")
         only = None if partial is True else (partial,) if isinstance(partial, str) else tuple(partial)
-        run.state, restored = restore_partly(engine, store, number, current, only)
-        run.shown = False
+        state, restored = restore_partly(engine, store, number, current, only)
+        run.become(state, shown=False)
         return restored
     if current is None:
-        run.state = restore_built(engine, store, number)
+        state = restore_built(engine, store, number)
     else:
-        run.state = restore_state(engine, store, number, current)
-    run.shown = False
+        state = restore_state(engine, store, number, current)
+    run.become(state, shown=False)
     run.set_to(load_saved(store, number))
     run.forget_data()
-    names = tuple(name for name, _ in named_leaves(run.state))
+    names = tuple(name for name, _ in named_leaves(state))
     return Restored(str(store.folder / str(number)), number, names)

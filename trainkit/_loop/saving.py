@@ -60,6 +60,11 @@ class Saving:
         for keeper in keepers:
             keeper.save(self._standing.step, lambda labels: self._contents(labels, place, interrupted))
 
+    def stand_back(self) -> None:
+        """Has every checkpoint end at the step to which the run went back at its end."""
+        for keeper in self._keepers:
+            keeper.stand_at(self._standing.step, lambda labels: self._contents(labels, None, False))
+
     def roll_back(self) -> None:
         """Goes back to the newest checkpoint, as a callback asked."""
         standing = self._standing
@@ -102,6 +107,7 @@ class Saving:
             choice=None if choice is None else str(choice),
             data=self._request.source.facts(),
             place=place,
+            came_to=standing.came_to,
             **self._record.state(standing.step),
         )
         return contents_of(standing.state, saved, labels)

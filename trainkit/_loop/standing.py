@@ -25,6 +25,7 @@ class Standing:
         stopped_by: why it is over before that, None where it is not.
         evaluation_owed: whether an evaluation is due at this step.
         epoch_end_owed: whether the pass is done and its end was not told.
+        came_to: the step at which the fit was over, where it went back to an earlier one at its end.
         rollback: who asked to go back to a checkpoint, and why.
         wanted: ids of the checkpoints that were asked to save after this step.
     """
@@ -39,6 +40,7 @@ class Standing:
     stopped_by: str | None = None
     evaluation_owed: bool = False
     epoch_end_owed: bool = False
+    came_to: int | None = None
     rollback: tuple[Callback, str] | None = None
     wanted: set[int] = dataclasses.field(default_factory=set)
 
@@ -71,7 +73,7 @@ def standing_of(request: Request, state: TrainState, position: Position, resumed
     plan = plan_of(request, step, position, *first)
     standing = Standing(with_raw_key(state), key_impl(state), step, position, *first, plan)
     if resumed is not None:
-        standing.stopped_by = resumed.stopped_by
+        standing.stopped_by, standing.came_to = resumed.stopped_by, resumed.came_to
         standing.evaluation_owed = resumed.evaluation_owed
         standing.epoch_end_owed = resumed.epoch_end_owed
     return standing

@@ -35,11 +35,6 @@ class Stopwatch:
         # Programs that were compiled within the tracing of another, as (begun, seconds): not to be counted twice.
         self._compiled: list[tuple[float, float]] = []
 
-    @property
-    def elapsed(self) -> float:
-        """Seconds since it was started."""
-        return self.clock() - self._begun
-
     def turn(self, part: str) -> str:
         """Counts for `part` from now on; returns what was counted for before."""
         now = self.clock()
@@ -61,10 +56,10 @@ class Stopwatch:
         finally:
             self.turn(before)
 
-    def read(self) -> dict[str, float]:
-        """Returns the seconds of each part up to now."""
+    def read(self) -> tuple[float, dict[str, float]]:
+        """Returns the seconds since it was started, and those of each part."""
         self.turn(self._part)
-        return dict(self.seconds)
+        return self._since - self._begun, dict(self.seconds)
 
     @contextlib.contextmanager
     def noting_compilation(self) -> Iterator[None]:
@@ -79,7 +74,8 @@ class Stopwatch:
         try:
             yield
         finally:
-            jax.monitoring.unregister_event_duration_listener(note)
+            with contextlib.suppress(Exception):  # somebody may have cleared all listeners
+                jax.monitoring.unregister_event_duration_listener(note)
 
     def _note(self, seconds: float) -> None:
         if self._part == "compile":

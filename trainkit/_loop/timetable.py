@@ -25,6 +25,11 @@ class Timetable:
         self._times = [thing.every.seconds or math.inf for thing in things]
 
     @property
+    def things(self) -> list[Any]:
+        """Returns all of them, whether due or not."""
+        return list(self._things)
+
+    @property
     def next_step(self) -> float:
         """The next step at which something is due by steps."""
         return min(self._steps, default=NEVER)

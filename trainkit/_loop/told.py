@@ -5,7 +5,9 @@ Owns the meaning of a request; not the order of hooks, nor saving and going back
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from trainkit._engine.engine import Engine
 from trainkit._loop.questions import Questions
@@ -26,6 +28,9 @@ class Told:
     Attributes:
         evaluation: metrics of the evaluation that is told.
         epoch: metrics of the pass whose end is told.
+        direction: says which way a metric improves, by its full name.
+        going_back: what becomes of an update to the state of an earlier step: "refused", "allowed" at the end of the
+            fit, "ignored" where a signal ended it, for then the run goes on later.
 
     Args:
         engine: of the trainer.
@@ -53,10 +58,11 @@ class Told:
         self._metrics, self._record, self._seconds = metrics, record, seconds
         self._asked = Questions(engine, lambda: standing.state, watch.on)
         self._history = record.history.shown()
-        self._direction = functools.partial(direction_of, accumulator)
+        self.direction = functools.partial(direction_of, accumulator)
         self._keepers = [one for one in request.callbacks if isinstance(one, Checkpoint)]
         self.evaluation: Mapping[str, Any] = NO_METRICS
         self.epoch: Mapping[str, Any] = NO_METRICS
+        self.going_back: Literal["refused", "allowed", "ignored"] = "refused"
 
     def info(self, callback: Callback, hook: str) -> Info:
         """Returns what `hook` of `callback` is told."""
@@ -71,7 +77,7 @@ class Told:
             writer=self._record.writer(callback),
             plan=standing.plan,
             seconds=self._seconds(),
-            direction=self._direction,
+            direction=self.direction,
             asked=self._asked,
         )
 
@@ -90,7 +96,23 @@ class Told:
         elif isinstance(action, Stop):
             standing.stopped_by = standing.stopped_by or action.reason
         else:
-            standing.state = self._engine.updated(standing.state, action.fn, by=type(callback).__name__)
+            self._update(callback, action)
+
+    def _update(self, callback: Callback, update: Update) -> None:
+        standing, name = self._standing, type(callback).__name__
+        old = standing.state
+        new, moved = self._engine.updated(old, update.fn, by=name)
+        if moved:
+            if self.going_back == "ignored":
+                return
+            if self.going_back == "refused" or np.any(np.asarray(new.step) > np.asarray(old.step)):
+                raise ValueError(
+                    f"{name} returned an Update that changes state.step from {old.step} to {new.step}: steps are "
+                    "counted by the fit, and logs and checkpoints go by them. Keep it, state.replace(step=old.step); "
+                    "to go back to the newest checkpoint return tk.Rollback(reason)."
+                )
+            standing.came_to, standing.step = standing.step, int(np.max(np.asarray(new.step)))
+        standing.state = new
 
     def _metrics_for(self, callback: Callback, hook: str) -> Mapping[str, Any]:
         if hook in ("on_step", "on_fit_end", "on_exception"):

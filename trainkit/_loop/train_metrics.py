@@ -66,12 +66,13 @@ NO_METRICS = Window(dict)
 class Segment:
     """What the step accumulated between two cuts, read once for all readers."""
 
-    def __init__(self, accumulator: Accumulator, packed: Packed) -> None:
-        self._accumulator, self.packed = accumulator, packed
+    def __init__(self, accumulator: Accumulator, packed: Packed, wait: Callable[[PyTree], None]) -> None:
+        self._accumulator, self.packed, self._wait = accumulator, packed, wait
 
     @functools.cached_property
     def metrics(self) -> Any:
         """The metrics on the host; the first look waits for the devices."""
+        self._wait(self.packed)
         return self._accumulator.unpack(self.packed)
 
 
@@ -140,10 +141,20 @@ class TrainMetrics:
 
     Attributes:
         packed: what the next step takes; the loop puts the step's result back here before anyone may look.
+
+    Args:
+        accumulator: of the metrics.
+        empty: what they start from.
+        wait: waits for arrays of the steps.
     """
 
-    def __init__(self, accumulator: Accumulator, empty: PyTree) -> None:
-        self._merge, self._empty = Merger(accumulator), empty
+    def __init__(
+        self,
+        accumulator: Accumulator,
+        empty: PyTree,
+        wait: Callable[[PyTree], None] = jax.block_until_ready,
+    ) -> None:
+        self._merge, self._empty, self._wait = Merger(accumulator), empty, wait
         self._readers: dict[str, Reader] = {}
         self.packed = empty
 
@@ -163,7 +174,7 @@ class TrainMetrics:
         if self.packed is self._empty:
             return
         begin_fetch(self.packed)
-        segment = Segment(self._merge.accumulator, self.packed)
+        segment = Segment(self._merge.accumulator, self.packed, self._wait)
         for reader in self._readers.values():
             reader.add(segment)
         self.packed = self._empty
@@ -204,6 +215,6 @@ class TrainMetrics:
             return
         self.packed = self._empty if state["packed"] is None else place(tuple(state["packed"]))
         parts = zip(*state["segments"], strict=True)
-        segments = [Segment(self._merge.accumulator, part) for part in parts]
+        segments = [Segment(self._merge.accumulator, part, self._wait) for part in parts]
         for name in self._readers.keys() & state["readers"].keys():
             self._readers[name].load_state_dict(state["readers"][name], segments)

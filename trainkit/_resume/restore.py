@@ -20,6 +20,7 @@ from trainkit.checkpoint._store import Store
 _LOG = logging.getLogger("trainkit")
 _MOST_LINES = 20
 _MODEL_STATE = ("batch_stats", "collections")
+_STARTS = tuple(f"{part}/" for part in _MODEL_STATE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +100,18 @@ def restore_partly(
         store: the checkpoints.
         step: which one.
         current: the trainer's state.
-        only: prefixes of path names, e.g. `params/encoder`; None for the whole model.
+        only: prefixes of path names, e.g. `params/encoder`, or `encoder` in every collection; None for the whole model.
+
+    Raises:
+        ValueError: nothing fits, or a prefix is that of no array of the model.
     """
+    _check_prefixes(current, only)
     saved, names = _spec_of(store, step), []
     saved_signature, left = _signature(saved), []
     for name, leaf in named_leaves(current):
-        if not name.startswith(("params/", *(f"{part}/" for part in _MODEL_STATE))):
+        if not name.startswith(("params/", *_STARTS)):
             continue
-        wanted = only is None or any(name == one or name.startswith(f"{one}/") for one in only)
+        wanted = only is None or any(_begins(name, one) for one in only)
         own = signature({name: leaf})[name]
         if not wanted:
             left.append(f"{name}: not asked for")
@@ -129,6 +134,24 @@ def restore_partly(
     if left:
         _LOG.warning("restored in part; left as they were: %s", _lines(left))
     return state, Restored(str(store.folder / str(step)), step, tuple(names), tuple(left))
+
+
+def _begins(name: str, prefix: str) -> bool:
+    """Says whether a path name begins with `prefix`, with or without the collection in front."""
+    prefix = prefix.strip("/")
+    within = name.split("/", 2 if name.startswith("collections/") else 1)[-1]
+    return any(one == prefix or one.startswith(f"{prefix}/") for one in (name, within))
+
+
+def _check_prefixes(current: TrainState, only: Sequence[str] | None) -> None:
+    names = [name for name, _ in named_leaves(current) if name.startswith(("params/", *_STARTS))]
+    for prefix in only or ():
+        if not any(_begins(name, prefix) for name in names):
+            parts = sorted({"/".join(name.split("/")[:2]) for name in names})
+            raise ValueError(
+                f"partial={prefix!r} is the beginning of no array of this model; they begin with {_lines(parts)}. A "
+                "prefix ends at a slash and may leave out the collection: 'params/encoder' or 'encoder'."
+            )
 
 
 def _template(

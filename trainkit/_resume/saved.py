@@ -37,6 +37,8 @@ class Saved:
         written: the names written to the logs at this step.
         data: what of the source must be as it was inside a pass; see `Source.facts`.
         place: where the source stood, None where the number of batches says it; see `Stream`.
+        came_to: the step at which the fit was over, where it went back to this one at its end; logs and history hold
+            what is up to there. Else None.
     """
 
     step: int
@@ -56,6 +58,7 @@ class Saved:
     written: tuple[str, ...]
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     place: Mapping[str, Any] | None = None
+    came_to: int | None = None
 
 
 def contents_of(state: TrainState, saved: Saved, labels: Mapping[str, Any]) -> Contents:

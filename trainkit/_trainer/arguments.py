@@ -78,6 +78,23 @@ def check_steps_per_call(steps: Any) -> int | None:
     return steps
 
 
+def check_interrupt(interrupt: str) -> str:
+    """Returns what follows from Ctrl-C, refusing what is no choice."""
+    if interrupt not in ("return", "raise"):
+        raise ValueError(
+            f"interrupt={interrupt!r}: the choices are 'return', for the result as of any other fit, and 'raise', for "
+            "KeyboardInterrupt."
+        )
+    return interrupt
+
+
+def check_dry_run(steps: int | None) -> int | None:
+    """Returns the steps of a dry run, refusing what is no number of them."""
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise ValueError(f"dry_run={steps!r}: must be an int of at least 1, the steps to try, or None.")
+    return steps
+
+
 def check_length(epochs: int | None, steps: int | None) -> None:
     """Refuses all but exactly one of `epochs` and `steps`, a positive int."""
     if (epochs is None) == (steps is None):

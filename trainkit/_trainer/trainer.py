@@ -2,6 +2,8 @@
 
 import functools
 import os
+import pathlib
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, final
 
@@ -11,17 +13,16 @@ import optax
 
 from trainkit._calls.calls import CallSettings
 from trainkit._core.cadence import Cadence, as_cadence
-from trainkit._core.history import History
 from trainkit._core.state import TrainState
-from trainkit._core.typing import Batch, PyTree
+from trainkit._core.typing import Batch
 from trainkit._debug.diagnosis import Diagnosis
 from trainkit._debug.replay import Replay
 from trainkit._engine.cpu_settings import describe_allocator, set_up_cpu, switched_on
 from trainkit._engine.engine import Engine
 from trainkit._loop.fit import first_spec, fit
-from trainkit._loop.questions import Questions, eval_sources
+from trainkit._loop.questions import eval_sources, limited
 from trainkit._loop.request import Request
-from trainkit._loop.result import FitResult
+from trainkit._loop.result import FitResult, with_result
 from trainkit._loop.run import FIT_INSTEAD, Run, restore
 from trainkit._models.linen import LinenModel
 from trainkit._models.precision import resolve_precision
@@ -31,13 +32,16 @@ from trainkit._step.steps import Steps
 from trainkit._trainer.arguments import (
     check_accumulate,
     check_callbacks,
+    check_dry_run,
+    check_interrupt,
     check_length,
     check_metrics,
     check_steps_per_call,
     resolve_strategy,
     with_defaults,
 )
-from trainkit._trainer.overridable import OVERRIDABLE, Overridable
+from trainkit._trainer.asking import Asking
+from trainkit._trainer.overridable import OVERRIDABLE
 from trainkit._trainer.summary import overview
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._checkpoint import Checkpoint
@@ -46,10 +50,8 @@ from trainkit.parallel._strategy import Strategy
 from trainkit.writers._logdir import local_folder
 from trainkit.writers._writer import MetricWriter
 
-_NO_STATE = "there is no state yet: call trainer.init(batch) or trainer.fit(...) first."
 
-
-class Trainer(Overridable):
+class Trainer(Asking):
     """Trains a Flax module. Subclass it and write `loss`.
 
     The whole surface of a subclass is `loss`, `metrics`, `batch_axis`, and for full control `train_step`, `eval_step`,
@@ -75,6 +77,12 @@ class Trainer(Overridable):
             scheduler. The environment variable `TRAINKIT_CPU_SETTINGS=0` turns it off as well.
         keep_compiled: keep compiled programs in `logdir`, so that the same command started again does not wait
             for the compiler; a cache that JAX was already given is used instead.
+
+        interrupt: what follows when Ctrl-C has ended a fit and all is saved and closed: "return" the result, or
+            "raise" KeyboardInterrupt, with the result as its `.result`, so that a loop over trainers ends.
+        dry_run: int >= 1: every fit runs so many steps, evaluations of as many batches, and at its last step every
+            callback and every save, whatever its cadence; logs and checkpoints go to a temporary folder, which is
+            `info.logdir`, your own `writers` get nothing, and `resume` is ignored. To see that a long run will work.
 
     Raises:
         TypeError: an argument is of the wrong kind, e.g. a callback class instead of an object.
@@ -108,6 +116,8 @@ class Trainer(Overridable):
         steps_per_call: int | Literal["auto"] = "auto",
         cpu_settings: bool = True,
         keep_compiled: bool = True,
+        interrupt: Literal["return", "raise"] = "return",
+        dry_run: int | None = None,
     ) -> None:
         self._precision = resolve_precision(precision)
         self._model = LinenModel(model, self._precision)
@@ -123,7 +133,10 @@ class Trainer(Overridable):
         self._run = Run()
         self._keep_compiled = keep_compiled
         self._cpu_settings = cpu_settings and switched_on()
-        self._settings = CallSettings(check_steps_per_call(steps_per_call), self._cpu_settings)
+        self._interrupt, self._dry_run = check_interrupt(interrupt), check_dry_run(dry_run)
+        # A dry run measures nothing, and leaves nothing of what it measured.
+        calls = 1 if dry_run is not None and steps_per_call == "auto" else steps_per_call
+        self._settings = CallSettings(check_steps_per_call(calls), self._cpu_settings)
         check_metrics(self.metrics)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -138,38 +151,6 @@ class Trainer(Overridable):
     # What a user calls ----------------------------------------------------------------------------------------
 
     @final
-    @property
-    def state(self) -> TrainState:
-        """The current train state; set it to continue from another one, e.g. one with loaded weights.
-
-        In a hook of a callback it is that of the moment: a copy, which no later step takes and which costs one;
-        `info.state` costs nothing and is valid during the call.
-
-        Raises:
-            RuntimeError: there is none before `init` or the first `fit`; or it is set while `fit` runs.
-            TypeError: it is set to something else than a `TrainState`.
-        """
-        state = self._run.show()
-        if state is None:
-            raise RuntimeError(_NO_STATE)
-        return state
-
-    @state.setter
-    def state(self, state: TrainState) -> None:
-        if not isinstance(state, TrainState):
-            raise TypeError(f"trainer.state must be a tk.TrainState, got {type(state).__name__}.")
-        self._run.refuse_in_fit(
-            "state = ...", "return tk.Update(lambda state: state.replace(...)) from the hook instead"
-        )
-        self._run.state, self._run.shown = state, True
-
-    @final
-    @property
-    def history(self) -> History:
-        """Every scalar logged so far, over all fits; also after one that raised."""
-        return self._run.history
-
-    @final
     def init(self, batch: Batch) -> TrainState:
         """Initialises from the seed and the shapes of one batch, and returns the state.
 
@@ -179,7 +160,7 @@ class Trainer(Overridable):
         self._run.refuse_in_fit("init", "return tk.Stop(reason) from the hook, and call it after the fit")
         if self._cpu_settings:
             set_up_cpu(self._engine.steps, lambda: batch)
-        self._run.state = self._engine.init(self._seed, batch)
+        self._run.become(self._engine.init(self._seed, batch), shown=False)
         return self.state
 
     @final
@@ -191,6 +172,7 @@ class Trainer(Overridable):
         steps: int | None = None,
         eval_data: Any = None,
         eval_every: Cadence | None = None,
+        limit: int | None = None,
         resume: bool = False,
     ) -> FitResult:
         """Trains, and returns what came of it. A second call continues where the first ended.
@@ -205,6 +187,8 @@ class Trainer(Overridable):
             steps: int >= 1, updates.
             eval_data: one source, reported as `eval/...`, or a mapping of names to sources.
             eval_every: a cadence; by default after every epoch and at the end.
+            limit: int >= 1, batches of each pass over `data` at most; needed where `data` are endless and `epochs` is
+                given. (`tk.data.take` limits evaluation data.)
             resume: go on from the newest complete checkpoint of the run, such that the finished run cannot be
                 told from one that was never interrupted; start afresh where there is none. `epochs` and `steps`
                 count from where that fit began, so the same command is simply run again. Needs a `Checkpoint`.
@@ -213,6 +197,8 @@ class Trainer(Overridable):
             The result, with the state, the history and why the fit ended.
 
         Raises:
+            KeyboardInterrupt: Ctrl-C ended the fit, and the trainer has `interrupt="raise"`; with `.result`.
+            RuntimeError: a fit of this trainer runs, in this thread or another.
             ValueError: not exactly one of `epochs` and `steps`; bad data; a loss that returns the wrong thing; a
                 checkpoint of another model; `resume` without a `Checkpoint`; another run writes to `logdir`.
             OSError: `logdir` can't be made or written to, or a checkpoint could not be saved.
@@ -221,7 +207,7 @@ class Trainer(Overridable):
         check_length(epochs, steps)
         if eval_every is not None:
             as_cadence(eval_every, "eval_every")
-        source = self._source_of(data)
+        source = limited(self._source_of(data), limit)
         evaluations = eval_sources(eval_data, units=self.batch_axis is None)
         stores = self._checkpoints() if resume else []
         source = self._run.aim_at(data, source)
@@ -242,65 +228,13 @@ class Trainer(Overridable):
         )
         if self._cpu_settings:
             set_up_cpu(self._engine.steps, lambda: first_spec(source))
-        return fit(self._engine, self._run, request)
-
-    @final
-    def evaluate(
-        self, data: Any, *, weights: Literal["averaged", "ema", "live"] = "averaged"
-    ) -> dict[str, Any]:
-        """Returns the metrics over one pass of `data`, exact: each example counted once.
-
-        In a hook of a callback it looks at the state of that moment, as `predict` and `apply` do.
-
-        Args:
-            data: as for `fit`; or a mapping of names to sources, which gives `<name>/<metric>`.
-            weights: "averaged" (or "ema") for the averaged weights where a callback keeps an average, "live" for
-                the current ones.
-
-        Returns:
-            Floats by name, NumPy arrays for metrics that are not scalars.
-
-        Raises:
-            RuntimeError: there is no state yet, or `fit` runs in another thread.
-        """
-        return self._asked("evaluate").evaluate(data, weights=weights)
-
-    @final
-    def predict(self, data: Any, *, weights: Literal["averaged", "ema", "live"] = "averaged") -> PyTree:
-        """Returns what `predict_step` gives for each example of `data`, in order, as NumPy arrays; a list for units.
-
-        Args:
-            data: as for `fit`.
-            weights: as for `evaluate`.
-
-        Raises:
-            RuntimeError: as for `evaluate`.
-        """
-        return self._asked("predict").predict(data, weights=weights)
-
-    @final
-    def apply(
-        self,
-        fn: Callable[..., Any],
-        *args: Any,
-        weights: Literal["averaged", "ema", "live"] = "averaged",
-        rng: jax.Array | int | None = None,
-    ) -> PyTree:
-        """Returns what `fn(model, *args)` gives, on the devices; compiled once, and kept by `fn`.
-
-        It runs in the scope of the bound module as `loss` does, but not training: what it changes is dropped.
-
-        Args:
-            fn: e.g. `lambda model, z: model.decode(z)`; define it once, not anew for each call.
-            *args: trees of arrays and numbers.
-            weights: as for `evaluate`.
-            rng: a key or an int, of all streams of the module; by default that of the step.
-
-        Raises:
-            RuntimeError: as for `evaluate`.
-            TypeError: `fn` is no function, or `args` hold something else.
-        """
-        return self._asked("apply").apply(fn, *args, weights=weights, rng=rng)
+        if self._dry_run is not None:
+            with tempfile.TemporaryDirectory(prefix="trainkit-dry-run-") as folder:
+                return fit(self._engine, self._run, request.as_dry_run(self._dry_run, pathlib.Path(folder)))
+        result = fit(self._engine, self._run, request)
+        if self._interrupt == "raise" and result.stopped_by == "SIGINT":
+            raise with_result(KeyboardInterrupt("Ctrl-C ended the fit; its result is in .result"), result)
+        return result
 
     @final
     def restore(
@@ -395,13 +329,6 @@ class Trainer(Overridable):
     # Wiring ---------------------------------------------------------------------------------------------------
 
     @final
-    def _exportable(
-        self, weights: Literal["averaged", "ema", "live"]
-    ) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:
-        """What `tk.export` takes: a pure function of `(arrays, batch)` that predicts, and its arrays."""
-        return self._engine.prediction(self._asked("state").weighted(weights))
-
-    @final
     @functools.cached_property
     def _engine(self) -> Engine:
         hooks = tuple(hook for callback in self._callbacks if (hook := callback.step_hook()) is not None)
@@ -433,17 +360,10 @@ class Trainer(Overridable):
             raise ValueError("resume=True needs checkpoints: add tk.callbacks.Checkpoint() to the callbacks.")
         return [Store(keeper.folder(self._logdir)) for keeper in keepers]
 
-    def _current(self, what: str) -> TrainState:
-        state = self._run.current(what)
-        if state is None:
-            raise RuntimeError(_NO_STATE)
-        return state
-
-    def _asked(self, what: str) -> Questions:
-        state = self._current(what)
-        return Questions(self._engine, lambda: state, self._run.timed)
-
 
 _FINAL = frozenset(
-    name for name in vars(Trainer) if not name.startswith("__") and name not in (*OVERRIDABLE,)
+    name
+    for one in (Trainer, Asking)
+    for name in vars(one)
+    if not name.startswith("__") and name not in OVERRIDABLE
 )

@@ -1,5 +1,6 @@
 """The base class of callbacks, and what a hook may return. Owns no order of calls: the loop does."""
 
+import copy
 import dataclasses
 import enum
 from collections.abc import Callable
@@ -27,7 +28,9 @@ class Update:
     """Returned by a hook to replace the train state between two steps.
 
     Attributes:
-        fn: `fn(state) -> state` with the same structure, shapes and dtypes, so that nothing compiles again.
+        fn: `fn(state) -> state` with the same structure, shapes and dtypes, so that nothing compiles again, and the
+            same `step`. From `on_fit_end` it may return the whole state of an earlier step: the run then stands there,
+            its newest checkpoint too, and a further fit takes back the logs after it.
     """
 
     fn: Callable[[TrainState], TrainState]
@@ -60,6 +63,10 @@ class Phase(enum.IntEnum):
     WRITE = 1
     MONITOR = 2
     CHECKPOINT = 3
+
+
+AFRESH = "_state_before_its_first_fit"
+"""Under which name the loop keeps what a callback remembered before its first fit."""
 
 
 class Callback:
@@ -127,6 +134,17 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` returned."""
+
+    def reset(self) -> None:
+        """Begins afresh: called before a run that is not the one this object served last.
+
+        A callback belongs to one run at a time. In a further fit of the same run it goes on; given to another
+        trainer, or to one whose state was set, restored or reset, it is reset first. By default it loads what
+        `state_dict` returned before its first fit; override it where more is remembered than that holds.
+        """
+        afresh = vars(self).get(AFRESH)
+        if afresh is not None:
+            self.load_state_dict(copy.deepcopy(afresh))
 
     def step_hook(self) -> StepHook | None:
         """Returns the pure pair to trace into the compiled training step, None for none."""

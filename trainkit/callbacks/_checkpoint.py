@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -84,9 +85,10 @@ class Checkpoint(Callback):
         return logdir / FOLDER
 
     def on_fit_start(self, info: Info) -> None:
-        if info.step == 0:
-            self._scores, self._best_value = (-1, {}), None
-        self._store = Store(self.folder(info.logdir))
+        folder = self.folder(info.logdir)
+        if info.plan.dry_run:
+            folder = pathlib.Path(tempfile.mkdtemp(prefix=f"{FOLDER}-", dir=info.logdir))
+        self._store = Store(folder)
         self._store.prepare()
         self._store.clean()
         later = [step for step in self._store.steps() if step > info.step]
@@ -144,10 +146,36 @@ class Checkpoint(Callback):
         store.wait()
         store.retain(self._keep, self._best)
         if step not in store.steps():
-            best = None if self._best is None else (self._best.name, self._best.mode)
-            store.save(step, make({"scores": scores, "best": best, "metadata": self._metadata}))
+            store.save(step, make(self._labels(scores)))
         elif scores:
             store.add_scores(step, scores)
+
+    def stand_at(self, step: int, make: MakeContents) -> None:
+        """Makes `step`, to which the run went back at its end, the newest: later ones go once it is complete.
+
+        Args:
+            step: updates completed.
+            make: returns what to save.
+        """
+        store = self.store
+        store.wait()
+        scores = {}
+        if step in store.steps():
+            # Broken off from here on, a resumed run finds the later ones, and goes back again.
+            scores = store.meta(step)["scores"]
+            store.remove(step)
+        store.save(step, make(self._labels(scores)))
+        store.wait()
+        for later in store.steps():
+            if later > step:
+                store.remove(later)
+        best = None if self._best is None else store.best(self._best)
+        known = {} if best is None else store.scores()[best]
+        self._best_value = None if self._best is None else known.get(self._best.name)
+
+    def _labels(self, scores: Mapping[str, float]) -> dict[str, Any]:
+        best = None if self._best is None else (self._best.name, self._best.mode)
+        return {"scores": dict(scores), "best": best, "metadata": self._metadata}
 
     @property
     def store(self) -> Store:

@@ -17,8 +17,13 @@ class EarlyStopping(Callback):
     A value improves iff `value < best - min_delta` (mode "min"; mirrored for "max"). Metrics of an
     evaluation are counted in evaluations, wherever in an epoch they fall; `train/...` metrics in epochs.
 
-    Best value, its step and the count survive a resume. A second fit of the same trainer goes on with them,
-    except that the count starts again at 0 after a stop; a fit from step 0 begins afresh.
+    Best value, its step and the count survive a resume. A further fit of the same run goes on with them, except that
+    the count starts again at 0 after a stop; with another run (another trainer, or a state that was set, restored or
+    reset) the callback begins afresh.
+
+    After `restore_best` the run stands at the best step: `result.step`, the state and the newest checkpoint are those
+    of that step. Logs and history keep the steps after it until a further fit takes them back. A signal restores
+    nothing: its run is to go on.
 
     Args:
         monitor: full name of a metric, e.g. `eval/loss`.
@@ -59,9 +64,8 @@ class EarlyStopping(Callback):
 
     def on_fit_start(self, info: Info) -> Action:
         self._monitor.start(info)
-        if info.step == 0:
-            self._best_state = None
-        if info.step == 0 or self._stopped:
+        at_best = self._best_state is not None and info.step == self._monitor.best_step
+        if self._stopped or at_best:
             self._count, self._stopped = 0, False
         # Only a checkpoint of the very step of a stop brings such a count: its fit was over.
         return self._stop() if self._count >= self._patience else None
@@ -87,6 +91,10 @@ class EarlyStopping(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._monitor.load_state_dict(state)
         self._count, self._stopped, self._best_state = state["count"], False, state.get("best_state")
+
+    def reset(self) -> None:
+        self._monitor.reset()
+        self._count, self._stopped, self._best_state = 0, False, None
 
     def _look(self, info: Info, hook: str) -> Action:
         value = self._monitor.value(info, hook)

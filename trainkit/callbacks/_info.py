@@ -23,6 +23,7 @@ class Plan:
         epochs: epoch at which the fit ends, None when it was given in steps.
         steps_per_epoch: batches of one pass, None while it is not known.
         eval_names: names of the evaluation sources, e.g. `("eval",)`.
+        dry_run: whether it only tries everything out: what is written outside of `info.logdir` stays unwritten.
     """
 
     first_step: int = 0
@@ -30,14 +31,15 @@ class Plan:
     epochs: int | None = None
     steps_per_epoch: int | None = None
     eval_names: tuple[str, ...] = ()
+    dry_run: bool = False
 
 
 class Asked(Protocol):
     """What answers the questions of a hook, for the state of the moment."""
 
-    def evaluate(self, data: Any, *, weights: str) -> dict[str, Any]: ...
+    def evaluate(self, data: Any, *, weights: str, limit: int | None) -> dict[str, Any]: ...
 
-    def predict(self, data: Any, *, weights: str) -> PyTree: ...
+    def predict(self, data: Any, *, weights: str, limit: int | None) -> PyTree: ...
 
     def apply(
         self, fn: Callable[..., Any], *args: Any, weights: str, rng: jax.Array | int | None
@@ -140,30 +142,32 @@ class Info:
         """Returns "min" or "max" where a registered metric says which is better under that name, else None."""
         return self._direction(name)
 
-    def evaluate(self, data: Any, *, weights: str = "averaged") -> dict[str, Any]:
+    def evaluate(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> dict[str, Any]:
         """Returns the metrics of the state of this moment over one pass of `data`, as `Trainer.evaluate` does.
 
         Args:
             data: a source, or a mapping of names to sources, which gives `<name>/<metric>`.
             weights: "averaged" (or "ema") for the averaged weights where a callback keeps an average, "live" for
                 the current ones.
+            limit: int >= 1, batches at most; None for all.
 
         Raises:
             RuntimeError: the call of the hook is over.
         """
-        return self._answers("evaluate").evaluate(data, weights=weights)
+        return self._answers("evaluate").evaluate(data, weights=weights, limit=limit)
 
-    def predict(self, data: Any, *, weights: str = "averaged") -> PyTree:
+    def predict(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> PyTree:
         """Returns what `predict_step` gives with the state of this moment for each example, as NumPy arrays.
 
         Args:
             data: a source.
             weights: as for `evaluate`.
+            limit: as for `evaluate`.
 
         Raises:
             RuntimeError: the call of the hook is over.
         """
-        return self._answers("predict").predict(data, weights=weights)
+        return self._answers("predict").predict(data, weights=weights, limit=limit)
 
     def apply(
         self,

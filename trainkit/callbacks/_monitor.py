@@ -57,7 +57,7 @@ class Monitor:
         return "evaluations" if self._hook == EVALUATION else "epochs"
 
     def start(self, info: Info) -> None:
-        """Finds out when the metric is told and which way is better; at step 0 the best is forgotten.
+        """Finds out when the metric is told and which way is better.
 
         Raises:
             ValueError: nothing of this fit has that prefix, or the direction is not known.
@@ -70,8 +70,10 @@ class Monitor:
                 f"{self.name!r} is better; pass mode='min' or mode='max'."
             )
         self._sign = 1.0 if mode == "min" else -1.0
-        if info.step == 0:
-            self.best, self.best_step = None, 0
+
+    def reset(self) -> None:
+        """Forgets the best value."""
+        self.best, self.best_step = None, 0
 
     def value(self, info: Info, hook: str) -> float | None:
         """Returns the metric, or None where `hook` is not the one that tells it.

@@ -19,7 +19,8 @@ class ReduceOnPlateau(Callback):
 
     It changes the hyperparameter inside the optimizer state, so the optimizer must be made with
     `optax.inject_hyperparams`; nothing compiles again, and the change is in every checkpoint. Counts as
-    `optax.contrib.reduce_on_plateau` does. Improvement, second fits and resuming are as in `EarlyStopping`.
+    `optax.contrib.reduce_on_plateau` does. Improvement, further fits, other runs and resuming are as in
+    `EarlyStopping`.
 
     Args:
         monitor: full name of a metric, e.g. `eval/loss`.
@@ -71,8 +72,6 @@ class ReduceOnPlateau(Callback):
     def on_fit_start(self, info: Info) -> Action:
         self._monitor.start(info)
         check_changeable("ReduceOnPlateau", info.state.opt_state, self._hyperparam)
-        if info.step == 0:
-            self._count = self._cooling = 0
 
     def on_eval_end(self, info: Info) -> Action:
         return self._look(info, EVALUATION)
@@ -86,6 +85,10 @@ class ReduceOnPlateau(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._monitor.load_state_dict(state)
         self._count, self._cooling = state["count"], state["cooling"]
+
+    def reset(self) -> None:
+        self._monitor.reset()
+        self._count = self._cooling = 0
 
     def _look(self, info: Info, hook: str) -> Action:
         value = self._monitor.value(info, hook)

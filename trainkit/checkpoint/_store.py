@@ -161,6 +161,12 @@ class Store:
         for step in sorted(scores.keys() - kept_steps(scores, keep, best)):
             self._remove(self.folder / str(step))
 
+    def remove(self, step: int) -> None:
+        """Removes one complete checkpoint."""
+        self._scores.pop(step, None)
+        if self._first:
+            self._remove(self.folder / str(step))
+
     def prepare(self) -> None:
         """Makes the folder where it is missing, before anything is trained that could not be saved there.
 

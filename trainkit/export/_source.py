@@ -15,7 +15,7 @@ from trainkit._core.typing import Batch, PyTree, Variables
 from trainkit.export._serialize import Packed, pack
 from trainkit.export._spec import BATCH, ArraySpec, names_of, spec_of, structure_of
 
-Weights = Literal["ema", "live"]
+Weights = Literal["averaged", "ema", "live"]
 
 
 @runtime_checkable
@@ -121,8 +121,8 @@ def _resolve(
     method: str | Callable[..., Any] | None,
     kwargs: Mapping[str, Any] | None,
 ) -> tuple[Callable[..., PyTree], PyTree]:
-    if weights not in ("ema", "live"):
-        raise ValueError(f"weights={weights!r}: the choices are 'ema' and 'live'.")
+    if weights not in ("averaged", "ema", "live"):
+        raise ValueError(f"weights={weights!r}: the choices are 'averaged', 'ema' and 'live'.")
     if isinstance(source, Exportable):
         if method is not None or kwargs:
             raise ValueError(

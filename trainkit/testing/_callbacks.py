@@ -1,5 +1,6 @@
 """The proof of a callback. Owns what is promised of one."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,8 @@ def check_callback(make: Callable[[], Callback]) -> None:
     """Proves that a callback runs, remembers and can be used again.
 
     It serves two fits of a small classifier that logs `train/loss` and `eval/loss`, whose rate is in
-    `optax.inject_hyperparams`; then its `state_dict` goes through msgpack into a new one, and back.
+    `optax.inject_hyperparams`, and one of another run, in which it must begin afresh; then its
+    `state_dict` goes through msgpack into a new one, and back.
 
     Args:
         make: returns a new callback.
@@ -33,9 +35,15 @@ def check_callback(make: Callable[[], Callback]) -> None:
     holds(isinstance(callback, Callback), f"make() returns a Callback: {type(callback).__name__}")
     _check_begun_only(make())
     trainer = _trainer(callback)
-    for number in ("a first", "a second"):
-        with promised(f"a callback serves {number} fit"):
-            _fit(trainer)
+    with promised("a callback serves a first fit"):
+        _fit(trainer)
+    once = copy.deepcopy(callback.state_dict())
+    with promised("a callback serves a second fit"):
+        _fit(trainer)
+    trainer.reset()
+    with promised("a callback serves another run"):
+        _fit(trainer)
+    equal("in another run a callback begins afresh; see Callback.reset", callback.state_dict(), once)
     _check_state_dict(callback, make)
 
 

@@ -1,0 +1,143 @@
+"""What a trainer answers at any moment, also in the middle of a fit: its state, evaluations, predictions.
+
+Owns no state: that is the run's.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, final
+
+import jax
+
+from trainkit._core.history import History
+from trainkit._core.state import TrainState
+from trainkit._core.typing import Batch, PyTree
+from trainkit._loop.questions import Questions
+from trainkit._loop.run import Run
+from trainkit._trainer.overridable import Overridable
+
+_NO_STATE = "there is no state yet: call trainer.init(batch) or trainer.fit(...) first."
+
+
+class Asking(Overridable):
+    """The questions of a trainer."""
+
+    _run: Run
+
+    @final
+    @property
+    def state(self) -> TrainState:
+        """The current train state; set it to continue from another one, e.g. one with loaded weights.
+
+        In a hook of a callback it is that of the moment: a copy, which no later step takes and which costs one;
+        `info.state` costs nothing and is valid during the call.
+
+        Raises:
+            RuntimeError: there is none before `init` or the first `fit`; or it is set while `fit` runs.
+            TypeError: it is set to something else than a `TrainState`.
+        """
+        state = self._run.show()
+        if state is None:
+            raise RuntimeError(_NO_STATE)
+        return state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        if not isinstance(state, TrainState):
+            raise TypeError(f"trainer.state must be a tk.TrainState, got {type(state).__name__}.")
+        self._run.refuse_in_fit(
+            "state = ...", "return tk.Update(lambda state: state.replace(...)) from the hook instead"
+        )
+        self._run.become(state, shown=True)
+
+    @final
+    @property
+    def history(self) -> History:
+        """Every scalar logged so far, over all fits; also after one that raised."""
+        return self._run.history
+
+    @final
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        weights: Literal["averaged", "ema", "live"] = "averaged",
+        limit: int | None = None,
+    ) -> dict[str, Any]:
+        """Returns the metrics over one pass of `data`, exact: each example counted once.
+
+        In a hook of a callback it looks at the state of that moment, as `predict` and `apply` do.
+
+        Args:
+            data: as for `fit`; or a mapping of names to sources, which gives `<name>/<metric>`.
+            weights: "averaged" (or "ema") for the averaged weights where a callback keeps an average, "live" for
+                the current ones.
+            limit: int >= 1, batches at most; None for all.
+
+        Returns:
+            Floats by name, NumPy arrays for metrics that are not scalars.
+
+        Raises:
+            RuntimeError: there is no state yet, or `fit` runs in another thread.
+        """
+        return self._asked("evaluate").evaluate(data, weights=weights, limit=limit)
+
+    @final
+    def predict(
+        self,
+        data: Any,
+        *,
+        weights: Literal["averaged", "ema", "live"] = "averaged",
+        limit: int | None = None,
+    ) -> PyTree:
+        """Returns what `predict_step` gives for each example of `data`, in order, as NumPy arrays.
+
+        Args:
+            data: as for `fit`.
+            weights: as for `evaluate`.
+            limit: as for `evaluate`.
+
+        Raises:
+            RuntimeError: as for `evaluate`.
+        """
+        return self._asked("predict").predict(data, weights=weights, limit=limit)
+
+    @final
+    def apply(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        weights: Literal["averaged", "ema", "live"] = "averaged",
+        rng: jax.Array | int | None = None,
+    ) -> PyTree:
+        """Returns what `fn(model, *args)` gives, on the devices; compiled once, and kept by `fn`.
+
+        It runs in the scope of the bound module as `loss` does, but not training: what it changes is dropped.
+
+        Args:
+            fn: e.g. `lambda model, z: model.decode(z)`; define it once, not anew for each call.
+            *args: trees of arrays and numbers.
+            weights: as for `evaluate`.
+            rng: a key or an int, of all streams of the module; by default that of the step.
+
+        Raises:
+            RuntimeError: as for `evaluate`.
+            TypeError: `fn` is no function, or `args` hold something else.
+        """
+        return self._asked("apply").apply(fn, *args, weights=weights, rng=rng)
+
+    @final
+    def _exportable(
+        self, weights: Literal["averaged", "ema", "live"]
+    ) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:
+        """What `tk.export` takes: a pure function of `(arrays, batch)` that predicts, and its arrays."""
+        return self._engine.prediction(self._asked("state").weighted(weights))
+
+    def _current(self, what: str) -> TrainState:
+        state = self._run.current(what)
+        if state is None:
+            raise RuntimeError(_NO_STATE)
+        return state
+
+    def _asked(self, what: str) -> Questions:
+        state = self._current(what)
+        return Questions(self._engine, lambda: state, self._run.timed)
