@@ -137,6 +137,8 @@ def train(
                 eval_every=tk.Every(steps=steps // 2),
                 resume=last == steps and pauses_at is not None,
             )
+            if result.stopped_by:
+                raise SystemExit(f"the run was broken off by {result.stopped_by}: nothing can be compared.")
         scores = digits.evaluate(parts["test"])
         predicted = digits.predict(parts["test"]) if predicts else ()
     return described(result, scores, predicted)
