@@ -86,6 +86,8 @@ class Engine:
         self._traits: dict[tuple[Any, ...], Traits] = {}
         self._expected: dict[str, threading.Event] = {}
         self._held_spec: dict[str, str] | None = None
+        # The checkpoint that a state was made of before a batch could tell what the model is.
+        self.unproven: str | None = None
 
     def expect(self, **kinds: threading.Event) -> None:
         """Notes that steps of some kinds are being compiled, and when that is done."""
@@ -178,6 +180,24 @@ class Engine:
             )
         return self.strategy.lay_out(copy_arrays(jax.tree.map(_strong, new, state)))
 
+    def _prove(self, state: TrainState, first: Batch) -> None:
+        """Refuses parameters of a checkpoint that are not those of the model, at the first batch after `restore`."""
+        if self.unproven is None:
+            return
+        try:
+            own = self.init_spec(first).params
+        except Exception:
+            return  # a batch without labels, for one, initialises nothing; the next may
+        found = differences(signature({"params": state.params}), signature({"params": own}))
+        if found:
+            more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
+            raise ValueError(
+                f"the checkpoint in {self.unproven} is of another model (saved -> now): "
+                f"{'; '.join(found[:20])}{more}. Make the trainer with the model that was saved, or call "
+                "trainer.init(batch) and load what fits with trainer.restore(..., partial=True)."
+            )
+        self.unproven = None
+
     def prepare_train(
         self, state: TrainState, source: Source, first: Batch | GlobalBatch, least_rows: int = 0
     ) -> Prepared:
@@ -192,6 +212,7 @@ class Engine:
         first = spec_of(first)
         check_batch(first)
         rows = batch_size_of(first)
+        self._prove(state, first)
         traits = self._inspect("training", inspect_train, state, first)
         exact, why = traits.per_example and not state.batch_stats, "the model keeps batch statistics"
         if not traits.per_example:
@@ -218,6 +239,7 @@ class Engine:
         first = spec_of(first)
         check_batch(first)
         rows = batch_size_of(first)
+        self._prove(state, first)
         traits = self._inspect("evaluation", inspect_eval, state, first)
         exact = traits.per_example
         feed = self._feed(
@@ -267,6 +289,7 @@ class Engine:
         first = spec_of(first)
         check_batch(first)
         rows = batch_size_of(first)
+        self._prove(state, first)
         feed = self._feed(rows=rows, may_be_partial=True, exact=True, what="prediction")
         return self._predict(key_impl(state)), feed
 

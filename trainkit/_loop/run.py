@@ -160,6 +160,7 @@ def restore(
         return restore_partly(engine, store, number, current, only)
     if current is None:
         state = restore_built(engine, store, number)
+        engine.unproven = str(store.folder / str(number))
     else:
         state = restore_state(engine, store, number, current)
     run.set_to(load_saved(store, number))
