@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from trainkit._core.tree import copy_arrays, describe, differences, is_key, key_
 from trainkit._core.typing import Batch, PyTree
 from trainkit._engine.eval_loop import LoopedFeed, looped
 from trainkit._feed.feed import Feed, SharedFeed
+from trainkit._feed.leaves import Parted, Warned, parted, wide_leaves
 from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
 from trainkit._feed.stream import Stream
 from trainkit._step.checks import explained_errors
@@ -88,6 +90,7 @@ class Engine:
         self._held_spec: dict[str, str] | None = None
         # The checkpoint that a state was made of before a batch could tell what the model is.
         self.unproven: str | None = None
+        self._warned, self._looked_at = Warned(), weakref.WeakSet[Arrays]()
 
     def expect(self, **kinds: threading.Event) -> None:
         """Notes that steps of some kinds are being compiled, and when that is done."""
@@ -101,7 +104,15 @@ class Engine:
     def batches(self, source: Source, epoch: int, start: int = 0) -> Iterator[Any]:
         """Returns the batches of an epoch as a feed takes them: `GlobalBatch` where processes share the work."""
         if self.strategy.processes == 1:
-            return source.kept_batches(epoch, start)
+            batches = source.kept_batches(epoch, start)
+            if not isinstance(source, Arrays):
+                return Parted(batches, self._warned)
+            if source not in self._looked_at:
+                self._looked_at.add(source)
+                leaves = jax.tree.leaves(source.tree)
+                for name, index in wide_leaves(source.tree):
+                    self._warned.check_wide(name, leaves[index])
+            return batches
         return iter(source.global_batches(epoch, start))
 
     def open(
@@ -117,7 +128,7 @@ class Engine:
         """
         if source.seekable:
             return self.batches(source, epoch, start)
-        return Stream(source, epoch, start, place, in_parts=self.strategy.processes > 1)
+        return Stream(source, epoch, start, place, in_parts=self.strategy.processes > 1, warned=self._warned)
 
     def supply(self, source: Source) -> Supply:
         """Says how the batches of a training source get to the step."""
@@ -132,6 +143,8 @@ class Engine:
 
     def init(self, seed: int, batch: Batch | GlobalBatch) -> TrainState:
         """Returns a fresh state on the devices, initialised by one compiled program."""
+        if not isinstance(batch, GlobalBatch):
+            batch = parted(batch)[0]
         check_batch(spec_of(batch))
         rows = batch_size_of(spec_of(batch))
         with explained_errors():

@@ -13,7 +13,7 @@ from trainkit._core.tree import select
 from trainkit._core.typing import Batch, Outputs, PyTree, Variables
 from trainkit._models.model import Model
 from trainkit._models.precision import Precision
-from trainkit._step.checks import check_outputs, check_step_result
+from trainkit._step.checks import check_outputs, check_step_result, check_trainable
 from trainkit._step.forward import Forward, UserFunctions, all_real, batch_rows, for_metrics, or_all_real
 from trainkit._step.guard import settle
 from trainkit._step.parts import Apply, Parts, Pass, Updated
@@ -203,6 +203,7 @@ class Steps:
         rng: jax.Array,
         examples: jax.Array | None,
     ) -> Pass:
+        check_trainable(state.params)
         scale = state.hooks[LOSS_SCALE].scale if self._precision.scaled else None
 
         def objective(params: PyTree) -> tuple[jax.Array, tuple[Any, ...]]:
