@@ -452,3 +452,14 @@ def test_a_symbolic_link_stays_one(path):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*missing"):
         save(tmp_path / "missing" / "x.msgpack", {"x": np.ones(2)})
+
+
+@pytest.mark.parametrize("suffix", ["msgpack", "safetensors"])
+def test_keys_of_dicts_come_back_as_they_were_without_a_template(tmp_path, suffix):
+    one = np.ones(2, np.float32)
+    tree = {"stats": {"Dense_0/kernel/u": one, "plain": one}, "groups": {0: one, 7: {"a": one}}, "0": one}
+    save(tmp_path / f"tree.{suffix}", tree)
+    loaded = load(tmp_path / f"tree.{suffix}")
+    assert jax.tree.structure(loaded) == jax.tree.structure(tree)
+    again = load(tmp_path / f"tree.{suffix}", like=tree)
+    assert jax.tree.structure(again) == jax.tree.structure(tree)

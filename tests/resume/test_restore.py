@@ -488,3 +488,40 @@ def test_a_frozen_dict_and_an_optimizer_of_named_tuples(tmp_path):
         assert jax.tree.structure(getattr(resumed, part)) == jax.tree.structure(getattr(whole, part))
     assert_equal(resumed, whole)
     assert_equal(restored, whole)
+
+
+# A trainer that has no state yet --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", ["fit", "evaluate", "predict"])
+def test_a_checkpoint_of_another_model_is_refused_at_the_first_batch(run, use):
+    logdir, _ = run
+    tx = optax.adam(0.05)
+    fresh = NetTrainer(Net(norm=False), tx, callbacks=[EMA(0.9)])
+    fresh.restore(logdir)
+    act = {
+        "fit": lambda: fresh.fit(data(), steps=1),
+        "evaluate": lambda: fresh.evaluate(EVAL),
+        "predict": lambda: fresh.predict(EVAL),
+    }[use]
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"checkpoints/9 is of another model.*params/BatchNorm_0/scale: .* absent"
+        ):
+            act()
+
+
+class Spectral(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.SpectralNorm(nn.Dense(CLASSES))(x, update_stats=train)
+
+
+def test_keys_with_a_slash_are_restored_without_a_state(tmp_path):
+    made = classifier(tmp_path, model=Spectral(), callbacks=[])
+    made.fit(data(), steps=2, eval_data=EVAL)
+    fresh = classifier(model=Spectral(), callbacks=[])
+    fresh.restore(tmp_path)
+    assert_equal(fresh.state, made.state)
+    assert jax.tree.structure(fresh.state.batch_stats) == jax.tree.structure(made.state.batch_stats)
+    assert fresh.evaluate(EVAL) == made.evaluate(EVAL)

@@ -84,15 +84,19 @@ def key_generator(dtype: Any) -> str:
     return {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}[str(dtype)[4:-1]]
 
 
-def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def nested(arrays: Mapping[str, Any], keys: Mapping[str, list[str | int]] | None = None) -> dict[str, Any]:
     """Returns `{"params/Dense_0/kernel": a}` as `{"params": {"Dense_0": {"kernel": a}}}`.
+
+    Args:
+        arrays: by path name.
+        keys: those of names that are not to be split at each `/`, see `odd_keys`.
 
     Raises:
         ValueError: a name is both that of an array and of a branch.
     """
-    tree: dict[str, Any] = {}
+    tree: dict[Any, Any] = {}
     for name, array in arrays.items():
-        *branches, last = name.split("/")
+        *branches, last = (keys or {}).get(name) or name.split("/")
         node = tree
         for branch in branches:
             node = node.setdefault(branch, {})
@@ -102,6 +106,23 @@ def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} is an array and a branch; rename one.")
         node[last] = array
     return tree
+
+
+def dict_keys(path: tuple[Any, ...]) -> list[str | int] | None:
+    """Returns the keys of a path through dicts, None where there is anything else or a key is neither str nor int."""
+    keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    plain = len(keys) == len(path) and all(type(key) in (str, int) for key in keys)
+    return keys if plain else None
+
+
+def odd_keys(tree: PyTree) -> dict[str, list[str | int]]:
+    """Returns the keys of each leaf in dicts whose path name does not tell them: those with a `/`, and ints."""
+    found = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        keys = dict_keys(path)
+        if keys and keys != path_name(path).split("/"):
+            found[path_name(path)] = keys
+    return found
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from trainkit._calls.calls import ONE_BY_ONE, Calls, CallSettings
 from trainkit._core.state import TrainState, key_impl, with_raw_key
-from trainkit._core.tree import copy_arrays, describe, is_key, signature
+from trainkit._core.tree import copy_arrays, describe, differences, is_key, signature
 from trainkit._core.typing import Batch, PyTree
 from trainkit._engine.applied import KeptByFunction, check_applied
 from trainkit._engine.eval_loop import LoopedFeed, looped
@@ -21,6 +22,7 @@ from trainkit._engine.padding import PaddingCheck
 from trainkit._engine.prepared import Prepared
 from trainkit._engine.updates import check_updated
 from trainkit._feed.feed import Feed, SharedFeed, UnitFeed
+from trainkit._feed.leaves import Parted, Warned, parted, wide_leaves
 from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
 from trainkit._feed.stream import Stream
 from trainkit._step.checks import explained_errors
@@ -69,6 +71,9 @@ class Engine:
         self._expected: dict[str, threading.Event] = {}
         self._held_spec: dict[str, str] | None = None
         self.padding = PaddingCheck(steps, strategy)
+        # The checkpoint that a state was made of before a batch could tell what the model is.
+        self.unproven: str | None = None
+        self._warned, self._looked_at = Warned(), weakref.WeakSet[Arrays]()
 
     def expect(self, **kinds: threading.Event) -> None:
         """Notes that steps of some kinds are being compiled, and when that is done."""
@@ -81,8 +86,18 @@ class Engine:
 
     def batches(self, source: Source, epoch: int, start: int = 0) -> Iterator[Any]:
         """Returns the batches of an epoch as a feed takes them: `GlobalBatch` where processes share the work."""
-        if self.strategy.processes == 1 or self.steps.units:
+        if self.steps.units:
             return source.kept_batches(epoch, start)
+        if self.strategy.processes == 1:
+            batches = source.kept_batches(epoch, start)
+            if not isinstance(source, Arrays):
+                return Parted(batches, self._warned)
+            if source not in self._looked_at:
+                self._looked_at.add(source)
+                leaves = jax.tree.leaves(source.tree)
+                for name, index in wide_leaves(source.tree):
+                    self._warned.check_wide(name, leaves[index])
+            return batches
         return iter(source.global_batches(epoch, start))
 
     def open(
@@ -98,7 +113,7 @@ class Engine:
         """
         if source.seekable:
             return self.batches(source, epoch, start)
-        return Stream(source, epoch, start, place, in_parts=self.strategy.processes > 1)
+        return Stream(source, epoch, start, place, in_parts=self.strategy.processes > 1, warned=self._warned)
 
     def supply(self, source: Source) -> Supply:
         """Says how the batches of a training source get to the step."""
@@ -113,6 +128,8 @@ class Engine:
 
     def init(self, seed: int, batch: Batch | GlobalBatch) -> TrainState:
         """Returns a fresh state on the devices, initialised by one compiled program."""
+        if not isinstance(batch, GlobalBatch):
+            batch = parted(batch)[0]
         _, rows = self._first_spec(batch, "initialisation")
         with explained_errors():
             if isinstance(batch, GlobalBatch):
@@ -163,6 +180,24 @@ class Engine:
         moved = new.step is not state.step and not np.array_equal(new.step, state.step)
         return self.strategy.lay_out(copy_arrays(jax.tree.map(_strong, new, state))), moved
 
+    def _prove(self, state: TrainState, first: Batch) -> None:
+        """Refuses parameters of a checkpoint that are not those of the model, at the first batch after `restore`."""
+        if self.unproven is None:
+            return
+        try:
+            own = self.init_spec(first).params
+        except Exception:
+            return  # a batch without labels, for one, initialises nothing; the next may
+        found = differences(signature({"params": state.params}), signature({"params": own}))
+        if found:
+            more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
+            raise ValueError(
+                f"the checkpoint in {self.unproven} is of another model (saved -> now): "
+                f"{'; '.join(found[:20])}{more}. Make the trainer with the model that was saved, or call "
+                "trainer.init(batch) and load what fits with trainer.restore(..., partial=True)."
+            )
+        self.unproven = None
+
     def prepare_train(
         self, state: TrainState, source: Source, first: Batch | GlobalBatch, least_rows: int = 0
     ) -> Prepared:
@@ -175,6 +210,7 @@ class Engine:
             least_rows: to how many rows batches are padded at least, where padding is exact.
         """
         first, rows = self._first_spec(first, "training")
+        self._prove(state, first)
         traits = self._inspect("training", inspect_train, state, first)
         exact, why = traits.per_example and not state.batch_stats, "the model keeps batch statistics"
         if not traits.per_example:
@@ -200,6 +236,7 @@ class Engine:
     def prepare_eval(self, state: TrainState, source: Source, first: Batch | GlobalBatch) -> Prepared:
         """Returns the evaluation step for `source`, as `prepare_train`."""
         first, rows = self._first_spec(first, "evaluation")
+        self._prove(state, first)
         traits = self._inspect("evaluation", inspect_eval, state, first)
         exact = traits.per_example
         feed = self._feed(
@@ -253,6 +290,7 @@ class Engine:
     ) -> tuple[Callable[..., Any], Feed]:
         """Returns the prediction step and the feed for batches like `first`."""
         first, rows = self._first_spec(first, "prediction")
+        self._prove(state, first)
         feed = self._feed(rows=rows, may_be_partial=True, exact=True, what="prediction")
         return self._predict(key_impl(state)), feed
 

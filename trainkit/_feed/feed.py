@@ -60,6 +60,8 @@ class Feed:
         why: str = "",
         announced: set[str] | None = None,
     ) -> None:
+        if not rows:
+            raise ValueError(_no_rows(what))
         self._strategy, self._exact, self._what, self._why = strategy, exact, what, why
         self._rows = self._round_up(rows) if exact else rows
         masked = exact and (may_be_partial or self._rows != rows)
@@ -81,6 +83,8 @@ class Feed:
         real = batch_size_of(batch)
         if real == self._rows:
             return Fed(self._strategy.place(batch), self._full_mask, real)
+        if not real:
+            raise ValueError(_no_rows(self._what))
         if not self._exact:
             self._announce(real)
             return Fed(self._strategy.place(batch), None, real)
@@ -169,3 +173,10 @@ class SharedFeed(Feed):
         if real == self._rows or not self._exact:
             return Fed(placed, self._full_mask if real == self._rows else None, real)
         return Fed(placed, self._strategy.place(mask(rows, real)), real)
+
+
+def _no_rows(what: str) -> str:
+    return (
+        f"a batch for {what} has 0 rows; a batch must have at least one. Where a filter can take all of them, "
+        "pass over the batches it leaves empty."
+    )

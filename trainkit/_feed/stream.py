@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from trainkit._feed.leaves import Parted, Warned
 from trainkit.data._base import Source
 from trainkit.data._batch import owned
 
@@ -25,6 +26,7 @@ class Stream(Iterator[Any]):
         start: index of the first batch.
         place: what `place` returned in an earlier process, None to read up to `start`.
         in_parts: whether several processes read the batches in part.
+        warned: of the trainer.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Stream(Iterator[Any]):
         place: Mapping[str, Any] | None = None,
         *,
         in_parts: bool = False,
+        warned: Warned | None = None,
     ) -> None:
         self._source, self.read = source, start
         self._put_back: collections.deque[Any] = collections.deque()
@@ -51,7 +54,8 @@ class Stream(Iterator[Any]):
             self._known = start - place["skip"], place["position"]
             self._end = place["position"] if not start else None
             self._given = iter(source.batches_at(epoch, place["position"]))
-        self._batches = self._given if source.keeps_batches else map(owned, self._given)
+        batches = self._given if source.keeps_batches else map(owned, self._given)
+        self._batches = Parted(batches, warned or Warned())
         if place is not None:
             collections.deque(itertools.islice(self._given, place["skip"]), maxlen=0)
 

@@ -16,6 +16,7 @@ from trainkit._core.state import TrainState, with_raw_key
 from trainkit._core.tree import describe, named_leaves
 from trainkit._core.typing import PyTree
 from trainkit._engine.engine import Engine
+from trainkit._feed.leaves import Parted, with_host
 from trainkit.data._batch import unpad
 from trainkit.data._source import Source
 
@@ -42,7 +43,7 @@ def evaluate(
         RuntimeError: the examples counted on the devices are not those the source gave.
     """
     source = source.in_order()
-    first, batches = _peek(engine, source)
+    first, batches, _ = _peek(engine, source)
     prepared = engine.prepare_eval(state, source, first)
     state = with_raw_key(engine.evaluated(state))
     accumulator, feed, rows = prepared.accumulator, prepared.feed, _Rows(engine)
@@ -82,11 +83,12 @@ def predict(engine: Engine, state: TrainState, source: Source) -> PyTree:
     Raises:
         ValueError: the source is empty, or an output has not one row per example.
     """
-    first, batches = _peek(engine, source.in_order())
+    first, batches, host = _peek(engine, source.in_order())
     step, feed = engine.prepare_predict(state, first)
     state = with_raw_key(state)
-    rows = _Rows(engine)
+    rows, beside = _Rows(engine), []
     for batch in batches:
+        beside.append(host())
         fed = feed.place(batch)
         outputs = step(state, fed.batch, fed.mask)
         if engine.steps.units:
@@ -96,7 +98,9 @@ def predict(engine: Engine, state: TrainState, source: Source) -> PyTree:
         rows.add(outputs, fed.real)
     if engine.steps.units:
         return rows.all()
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows.all())
+    predicted = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows.all())
+    names = [name for name, leaf in beside[0].items() if leaf.ndim]
+    return with_host(predicted, {name: np.concatenate([one[name] for one in beside]) for name in names})
 
 
 class _Rows:
@@ -123,14 +127,16 @@ class _Rows:
         self._done.append(fetched if real is None else unpad(fetched, real))
 
 
-def _peek(engine: Engine, source: Source) -> tuple[Any, Iterator[Any]]:
+def _peek(engine: Engine, source: Source) -> tuple[Any, Iterator[Any], Callable[[], dict[str, np.ndarray]]]:
+    """Returns the first batch, all batches, and what stays on the host of the one handed out last."""
     if source.endless:
         raise ValueError("the source has no end. Cut it: tk.data.take(data, batches).")
     batches = engine.batches(source, 0)
     first = next(batches, None)
     if first is None:
         raise ValueError("the source is empty: it gave no batch. Give at least one, or leave eval_data out.")
-    return first, itertools.chain([first], batches)
+    host = (lambda: batches.host) if isinstance(batches, Parted) else dict
+    return first, itertools.chain([first], batches), host
 
 
 def _check_count(counted: int, given: int, source: Source) -> None:

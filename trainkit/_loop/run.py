@@ -311,6 +311,7 @@ def restore(
         return restored
     if current is None:
         state = restore_built(engine, store, number)
+        engine.unproven = str(store.folder / str(number))
     else:
         state = restore_state(engine, store, number, current)
     run.become(state, shown=False)

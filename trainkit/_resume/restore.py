@@ -12,7 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from trainkit._core.state import TrainState
-from trainkit._core.tree import differences, is_key, key_generator, named_leaves, nested, path_name, signature
+from trainkit._core.tree import (
+    dict_keys,
+    differences,
+    is_key,
+    key_generator,
+    named_leaves,
+    nested,
+    odd_keys,
+    path_name,
+    signature,
+)
 from trainkit._core.typing import PyTree
 from trainkit._engine.engine import Engine
 from trainkit.checkpoint._store import Store
@@ -49,9 +59,15 @@ def arrays_of(state: TrainState) -> tuple[dict[str, jax.Array], dict[str, Any]]:
 
 
 def is_plain(variables: PyTree) -> bool:
-    """Says whether `variables` are nested dicts, which path names tell all of."""
-    keys = (key for path, _ in jax.tree_util.tree_leaves_with_path(variables) for key in path)
-    return all(isinstance(key, jax.tree_util.DictKey) and "/" not in str(key.key) for key in keys)
+    """Says whether `variables` are nested dicts with keys of str or int, which names and `odd_keys` tell all of."""
+    paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(variables))
+    return all(dict_keys(path) is not None for path in paths)
+
+
+def keys_of(state: TrainState) -> dict[str, list[str | int]]:
+    """Returns what the path names of the variables in `state` do not tell of their keys, see `odd_keys`."""
+    fields = {name: getattr(state, name) for name in ("params", *_MODEL_STATE)}
+    return odd_keys(fields)
 
 
 def restore_state(engine: Engine, store: Store, step: int, current: TrainState) -> TrainState:
@@ -83,7 +99,7 @@ def restore_built(engine: Engine, store: Store, step: int) -> TrainState:
             f"the variables in {store.folder / str(step)} are not plain dicts (partitioned parameters, for one), so "
             "their structure is that of a state: call trainer.init(batch) first."
         )
-    template = _built(engine, saved)
+    template = _built(engine, saved, store.meta(step).get("keys", {}))
     _refuse(differences(_signature(saved), signature(template)), store, step)
     return _load(engine, store, step, template)
 
@@ -162,7 +178,8 @@ def _template(
         return current
     # Some models settle the shapes of their collections at the first step: the saved shapes are right where
     # the parameters are the same and a state made of the saved variables has what was saved.
-    built = _built(engine, saved) if store.meta(step)["plain"] else current
+    meta = store.meta(step)
+    built = _built(engine, saved, meta.get("keys", {})) if meta["plain"] else current
     same_params = not differences(_signature(_part(saved, "params")), signature({"params": current.params}))
     if same_params and type(current) is TrainState and not differences(_signature(saved), signature(built)):
         return built
@@ -179,11 +196,12 @@ def _refuse(found: list[str], store: Store, step: int) -> None:
         )
 
 
-def _built(engine: Engine, saved: Mapping[str, Any]) -> TrainState:
+def _built(engine: Engine, saved: Mapping[str, Any], keys: Mapping[str, list[str | int]]) -> TrainState:
     """Returns the abstract state that a trainer would have with the saved variables."""
-    variables = nested({name: _abstract(*spec) for name, spec in _part(saved, "params").items()})
-    stats = nested({name: _abstract(*spec) for name, spec in _part(saved, "batch_stats").items()})
-    others = nested({name: _abstract(*spec) for name, spec in _part(saved, "collections").items()})
+    variables, stats, others = (
+        nested({name: _abstract(*spec) for name, spec in _part(saved, field).items()}, keys)
+        for field in ("params", *_MODEL_STATE)
+    )
     variables = {"params": {}, **variables, **stats, **others.get("collections", {})}
     return jax.eval_shape(engine.steps.state_of, variables, _abstract(*saved["rng"]))
 

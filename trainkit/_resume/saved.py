@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from trainkit._core.state import TrainState
-from trainkit._resume.restore import arrays_of, is_plain
+from trainkit._resume.restore import arrays_of, is_plain, keys_of
 from trainkit._version import __version__
 from trainkit.checkpoint._encoding import decode, encode
 from trainkit.checkpoint._store import Contents, Store
@@ -81,6 +81,7 @@ def contents_of(state: TrainState, saved: Saved, labels: Mapping[str, Any]) -> C
         "versions": {"trainkit": __version__, "jax": jax.__version__},
         "arrays": spec,
         "plain": is_plain(state.variables),
+        "keys": keys_of(state),
         **labels,
     }
     return Contents(arrays, extra, meta, host)

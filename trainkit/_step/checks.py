@@ -15,6 +15,7 @@ from trainkit._core.weighted import Weighted
 from trainkit._models.precision import Precision
 
 _RESERVED = ("loss", "mask")
+_TRAINABLE = ("float", "bfloat", "complex")
 
 
 @contextlib.contextmanager
@@ -53,6 +54,23 @@ def explained_shapes(batch: Any, *, one_example: bool) -> Iterator[None]:
         )
         error.add_note(f"trainkit: loss was called with {seen}")
         raise
+
+
+def check_trainable(params: Any) -> None:
+    """Refuses parameters that have no gradient.
+
+    Raises:
+        TypeError: some are integers or booleans; the message names them.
+    """
+    wrong = {
+        name: kind for name, kind in signature({"params": params}).items() if not kind.startswith(_TRAINABLE)
+    }
+    if wrong:
+        named = ", ".join(f"{name} {kind}" for name, kind in wrong.items())
+        raise TypeError(
+            f"parameters must be floats, for they are trained, and these have no gradient: {named}. Keep what is not "
+            "trained in a collection of its own, self.variable('constants', name, init), or give it a float dtype."
+        )
 
 
 def check_loss_result(result: object) -> tuple[Any, dict[str, Any]]:

@@ -14,7 +14,13 @@ from trainkit._core.typing import Batch, Outputs, PyTree, Variables
 from trainkit._core.weighted import Weighted
 from trainkit._models.model import Model
 from trainkit._models.precision import Precision
-from trainkit._step.checks import check_outputs, check_scales, check_step_result, check_unused
+from trainkit._step.checks import (
+    check_outputs,
+    check_scales,
+    check_step_result,
+    check_trainable,
+    check_unused,
+)
 from trainkit._step.forward import Forward, UserFunctions
 from trainkit._step.guard import settle, unless_weightless
 from trainkit._step.losses import for_metrics, mean_share, of_all, quotient
@@ -237,6 +243,7 @@ class Steps:
         rng: jax.Array,
         examples: jax.Array | None,
     ) -> Pass:
+        check_trainable(state.params)
         scale = state.hooks[LOSS_SCALE].scale if self._precision.scaled else None
 
         scales = {name: model_state[name] for name in (OVERWRITTEN,) if name in model_state}

@@ -63,6 +63,14 @@ def is_numeric(leaf: Any) -> bool:
     return isinstance(dtype, np.dtype) and (dtype.kind in "biufc" or jnp.issubdtype(dtype, np.number))
 
 
+def stays_on_host(leaf: Any) -> bool:
+    """Says whether a leaf is of strings, bytes, objects or dates: nothing a step takes, and yet no mistake."""
+    dtype = _shape_and_dtype(leaf)[1]
+    return (
+        isinstance(dtype, np.dtype) and dtype.kind in "OUSMm" and isinstance(leaf, np.ndarray | str | bytes)
+    )
+
+
 def not_numeric(name: str, leaf: Any) -> str:
     """Returns the message for a leaf that is not numeric."""
     dtype = _shape_and_dtype(leaf)[1]

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.serialization
@@ -17,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainkit._core.atomic import write_atomic
-from trainkit._core.tree import describe, is_key, named_leaves
+from trainkit._core.tree import describe, is_key, named_leaves, odd_keys
 from trainkit._core.typing import PyTree
 from trainkit.export._safetensors import decode, encode
 
 _MAGIC = b"trainkit.msgpack"
 _HEADER = len(_MAGIC) + 32 + 8
-_KIND = "trainkit.kind"
+_KIND, _PATHS = "trainkit.kind", "trainkit.paths"
 _ROOT = "(root)"
 # What a Python number in a template may be read from.
 _NUMBERS = {bool: np.bool_, int: np.integer, float: np.floating, complex: np.complexfloating}
@@ -35,10 +36,12 @@ class Packed(NamedTuple):
     Attributes:
         arrays: the leaves by path in tree order, on the host; of typed keys their `uint32` data.
         impls: the generator of each leaf that is typed keys, by path.
+        keys: of dicts, those that a path does not tell: with a `/` in them, or ints; by path.
     """
 
     arrays: dict[str, np.ndarray]
     impls: dict[str, str]
+    keys: Mapping[str, list[str | int]] = MappingProxyType({})
 
 
 def save(path: str | os.PathLike[str], tree: PyTree) -> None:
@@ -76,7 +79,8 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None) -> PyTree:
     Args:
         path: a file that `save` wrote.
         like: a tree of the same structure, shapes and dtypes: arrays, or what `jax.eval_shape` returns.
-            None: the file's own structure is returned, nested dicts by path.
+            None: the file's own structure is returned, nested dicts by path. Keys of dicts come back as they were,
+            those with a `/` and ints too; places in lists and tuples and fields of dataclasses become keys.
 
     Returns:
         With `like`, its structure with the saved values: NumPy arrays where it has NumPy arrays, else JAX
@@ -97,7 +101,7 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None) -> PyTree:
             "another copy."
         ) from error
     values = unpack(packed)
-    return nest(values) if like is None else restore(like, values, source=os.fspath(path))
+    return nest(values, packed.keys) if like is None else restore(like, values, source=os.fspath(path))
 
 
 def restore(like: PyTree, state_dict: PyTree, *, source: str = "state_dict") -> PyTree:
@@ -141,7 +145,7 @@ def pack(tree: PyTree) -> Packed:
         _check_leaf(name, leaf)
     # One call, so that the copies from the devices overlap; of a list, because a dict would come back sorted.
     host = jax.device_get(list(raw.values()))
-    return Packed({name: _native(leaf) for name, leaf in zip(raw, host, strict=True)}, impls)
+    return Packed({name: _native(leaf) for name, leaf in zip(raw, host, strict=True)}, impls, odd_keys(tree))
 
 
 def unpack(packed: Packed) -> dict[str, Any]:
@@ -154,13 +158,13 @@ def unpack(packed: Packed) -> dict[str, Any]:
     }
 
 
-def nest(values: Mapping[str, Any]) -> PyTree:
-    """Returns nested dicts from values by path; a value of the root is returned bare."""
+def nest(values: Mapping[str, Any], keys: Mapping[str, list[str | int]] = MappingProxyType({})) -> PyTree:
+    """Returns nested dicts from values by path, with the keys that a path does not tell; that of the root bare."""
     if list(values) == [_ROOT]:
         return values[_ROOT]
-    tree: dict[str, Any] = {}
+    tree: dict[Any, Any] = {}
     for name, value in values.items():
-        *parents, last = name.split("/")
+        *parents, last = keys.get(name) or name.split("/")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -180,18 +184,22 @@ def _format(path: str | os.PathLike[str]) -> tuple[Callable[[Packed], bytes], Ca
 
 
 def _to_safetensors(packed: Packed) -> bytes:
-    return encode(packed.arrays, {_KIND: "tree", "trainkit.keys": json.dumps(packed.impls)})
+    return encode(
+        packed.arrays,
+        {_KIND: "tree", "trainkit.keys": json.dumps(packed.impls), _PATHS: json.dumps(dict(packed.keys))},
+    )
 
 
 def _from_safetensors(content: bytes) -> Packed:
     arrays, metadata = decode(content)
     if metadata.get(_KIND) != "tree":
         raise ValueError(f"it holds another kind of content, {metadata.get(_KIND, 'unknown')!r}")
-    return Packed(arrays, json.loads(metadata["trainkit.keys"]))
+    return Packed(arrays, json.loads(metadata["trainkit.keys"]), json.loads(metadata.get(_PATHS, "{}")))
 
 
 def _to_msgpack(packed: Packed) -> bytes:
-    payload = flax.serialization.msgpack_serialize({"keys": packed.impls, "tree": nest(packed.arrays)})
+    content = {"keys": packed.impls, "tree": nest(packed.arrays), "paths": json.dumps(dict(packed.keys))}
+    payload = flax.serialization.msgpack_serialize(content)
     return _MAGIC + hashlib.sha256(payload).digest() + len(payload).to_bytes(8, "little") + payload
 
 
@@ -206,7 +214,8 @@ def _from_msgpack(content: bytes) -> Packed:
         raise ValueError(f"its sha256 is {found.hex()[:16]}..., and {digest.hex()[:16]}... was written")
     stored: Any = flax.serialization.msgpack_restore(payload)
     # Views of the payload are read-only, and the caller owns what it gets.
-    return Packed({name: np.array(leaf) for name, leaf in named_leaves(stored["tree"])}, stored["keys"])
+    arrays = {name: np.array(leaf) for name, leaf in named_leaves(stored["tree"])}
+    return Packed(arrays, stored["keys"], json.loads(stored.get("paths", "{}")))
 
 
 def _check_names(names: Iterable[str]) -> None:

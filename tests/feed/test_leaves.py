@@ -1,0 +1,84 @@
+"""Leaves that no step can take stay on the host; integers that lose bits and untrainable parameters are named."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import trainkit as tk
+from tests.helpers.weight import Weight, WeightTrainer, weight
+
+NAMES = [np.array(["a", "b", "c", "d"]), np.array(["e", "f", "g", "h"])]
+
+
+class Named(WeightTrainer):
+    """Takes the numbers of a batch, and sees to it that the step is given nothing else."""
+
+    def loss(self, model, batch, ctx):
+        assert set(batch) == {"x", "more"}
+        assert batch["more"] == (None,)
+        return super().loss(model, batch["x"], ctx)
+
+    def predict_step(self, model, batch, ctx):
+        return {"x": batch["x"] + model()}
+
+
+def batches():
+    rows = [np.full(4, 1, np.float32), np.full(4, 2, np.float32)]
+    for x, names in zip(rows, NAMES, strict=True):
+        yield {"x": x, "id": names, "file": names.tolist(), "more": (names.astype(object),), "split": "train"}
+
+
+def test_strings_and_objects_stay_on_the_host_and_are_named_once(caplog):
+    made = Named(Weight(), optax.sgd(1.0))
+    result = made.fit(batches, epochs=2, eval_data=batches)
+    assert weight(result.state) == -6
+    assert result.history.last("eval/loss") == 1.5
+    said = [record.getMessage() for record in caplog.records if "stays on the host" in record.getMessage()]
+    assert sorted(line.split("`")[1] for line in said) == ["file", "id", "more/0", "split"]
+
+
+def test_they_come_back_beside_what_predict_gives():
+    made = Named(Weight(), optax.sgd(1.0))
+    made.init(next(batches()))
+    predicted = made.predict(batches)
+    np.testing.assert_array_equal(predicted["id"], np.concatenate(NAMES))
+    np.testing.assert_array_equal(predicted["file"], np.concatenate(NAMES))
+    np.testing.assert_array_equal(predicted["x"], [1, 1, 1, 1, 2, 2, 2, 2])
+    assert "split" not in predicted
+
+
+@pytest.mark.parametrize("arrays", [True, False], ids=["Arrays", "iterable"])
+@pytest.mark.parametrize(("value", "warns"), [(2**31, True), (2**31 - 1, False), (-(2**31) - 1, True)])
+def test_integers_that_lose_bits_are_named_once(caplog, arrays, value, warns):
+    class Ids(WeightTrainer):
+        def loss(self, model, batch, ctx):
+            return super().loss(model, batch["x"], ctx)
+
+    data = {"x": np.ones(8, np.float32), "id": np.array([1, 2, 3, 4, 5, 6, 7, value])}
+    halves = [{name: leaf[part] for name, leaf in data.items()} for part in (slice(4), slice(4, 8))]
+    source = tk.data.Arrays(data, 4) if arrays else lambda: iter(halves)
+    Ids(Weight(), optax.sgd(1.0)).fit(source, epochs=2)
+    said = [
+        record.getMessage()
+        for record in caplog.records
+        if "integers that int32 does not" in record.getMessage()
+    ]
+    assert len(said) == warns
+    assert all("`id`" in line for line in said)
+
+
+def test_a_parameter_without_a_gradient_is_named():
+    class Table(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            table = self.param("table", lambda key: jnp.arange(4))
+            return nn.Dense(1)(x)[:, 0] + table[0]
+
+    class Fits(tk.Trainer):
+        def loss(self, model, batch, ctx):
+            return model(batch) ** 2, {}
+
+    with pytest.raises(TypeError, match=r"have no gradient: params/table int32\[4\]"):
+        Fits(Table(), optax.sgd(0.1)).fit([np.ones((4, 2), np.float32)], epochs=1)
