@@ -233,7 +233,9 @@ def test_equals_one_device(strategy, name, accumulate):
     assert int(ema.count) == result.step == STEPS
     # Three batches by twos leave a group of one, which is a program of its own.
     odd_group = accumulate == 2 and name == "cnn"
-    assert COMPILED[-1] == COMPILED[1 if odd_group else 0]
+    # Before the first padded batch the losses of its rows are looked at, by a program of their own.
+    looked = name != "cnn"
+    assert COMPILED[-1] == COMPILED[1 if odd_group else 0] + looked
     assert made._engine.steps.traces.count("training") == (2 if odd_group else 1)
 
 
