@@ -9,6 +9,7 @@ import clu.metrics
 
 from trainkit._core.cadence import as_cadence
 from trainkit._engine.engine import Engine
+from trainkit._feed.leaves import parted
 from trainkit._feed.stream import Stream
 from trainkit._loop.run import Run
 from trainkit.callbacks._callback import Callback
@@ -115,7 +116,7 @@ def eval_name(name: Any) -> str:
 def first_spec(source: Source) -> Any:
     """Returns a batch of a training source, or its shapes and dtypes; None where to look at one would cost the fit."""
     batch = next(iter(source.global_batches(0)), None) if source.seekable else None
-    return None if batch is None else batch.spec()
+    return None if batch is None else parted(batch.spec())[0]
 
 
 def peek(engine: Engine, source: Source, run: Run) -> tuple[Any, Iterator[Any]]:
