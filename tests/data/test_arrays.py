@@ -149,19 +149,22 @@ def test_unequal_leading_sizes_name_the_leaves():
         Arrays({"image": np.zeros((5, 2)), "inner": {"label": np.zeros(4)}}, 2)
 
 
+def test_leaves_of_records_are_named_and_so_are_arrays_without_a_number():
+    with pytest.raises(TypeError, match="`names"):
+        Arrays({"names": np.zeros(2, dtype=[("a", "i4")]), "label": np.arange(2)}, 1)
+    with pytest.raises(TypeError, match="`names"):
+        Arrays({"names": np.array(["a", "b"])}, 1)
+
+
 @pytest.mark.parametrize(
     "leaf",
-    [
-        np.array(["a", "b"]),
-        np.array([{}, {}], dtype=object),
-        np.array(["2026-01-01", "2026-01-02"], dtype="M8[D]"),
-        np.zeros(2, dtype=[("a", "i4")]),
-        [["a"], ["b"]],
-    ],
+    [np.array(["a", "b"]), np.array([{}, {}], dtype=object), np.array(["2026-01-01"] * 2, dtype="M8[D]")],
+    ids=["strings", "objects", "dates"],
 )
-def test_leaves_that_are_not_numbers_are_named(leaf):
-    with pytest.raises(TypeError, match="`names"):
-        Arrays({"names": leaf, "label": np.arange(2)}, 1)
+def test_strings_and_objects_are_held_beside_numbers(leaf):
+    source = Arrays({"names": leaf, "label": np.arange(2)}, 1)
+    assert not source.is_numeric
+    assert [batch["names"][0] for batch in source.batches(0)] == list(leaf)
 
 
 @pytest.mark.parametrize("arrays", [{}, (), {"a": {}}, None])

@@ -39,6 +39,35 @@ def test_strings_and_objects_stay_on_the_host_and_are_named_once(caplog):
     assert sorted(line.split("`")[1] for line in said) == ["file", "id", "more/0", "split"]
 
 
+@pytest.mark.parametrize("kind", ["Arrays", "held", "list"])
+def test_arrays_and_lists_may_hold_them(kind):
+    whole = {name: np.concatenate([batch[name] for batch in batches()]) for name in ("x", "id")}
+    data = {
+        "Arrays": lambda: tk.data.Arrays(whole, 4, shuffle=True),
+        "held": lambda: tk.data.Arrays(whole, 4, on_device=True),
+        "list": lambda: [{"x": batch["x"], "id": batch["id"]} for batch in batches()],
+    }[kind]()
+
+    class Lone(WeightTrainer):
+        def loss(self, model, batch, ctx):
+            assert set(batch) == {"x"}
+            return super().loss(model, batch["x"], ctx)
+
+        def predict_step(self, model, batch, ctx):
+            return {"x": batch["x"] + 0 * model()}
+
+    made = Lone(Weight(), optax.sgd(1.0))
+    assert weight(made.fit(data, epochs=1, eval_data=data).state) == -3
+    predicted = made.predict(data)
+    np.testing.assert_array_equal(predicted["id"], whole["id"])
+    np.testing.assert_array_equal(predicted["x"], whole["x"])
+
+
+def test_a_batch_of_nothing_else_is_refused_by_name():
+    with pytest.raises(TypeError, match="Leaf `id`"):
+        Named(Weight(), optax.sgd(1.0)).fit(lambda: iter([{"id": NAMES[0]}]), epochs=1)
+
+
 def test_they_come_back_beside_what_predict_gives():
     made = Named(Weight(), optax.sgd(1.0))
     made.init(next(batches()))

@@ -90,7 +90,7 @@ class Engine:
             return source.kept_batches(epoch, start)
         if self.strategy.processes == 1:
             batches = source.kept_batches(epoch, start)
-            if not isinstance(source, Arrays):
+            if not isinstance(source, Arrays) or not source.is_numeric:
                 return Parted(batches, self._warned)
             if source not in self._looked_at:
                 self._looked_at.add(source)
@@ -279,7 +279,8 @@ class Engine:
         ):
             return None
         # A subclass may do anything to its batches.
-        return source if type(source) is Arrays and not accumulator.has_collecting else None
+        plain = type(source) is Arrays and source.is_numeric
+        return source if plain and not accumulator.has_collecting else None
 
     def evaluated(self, state: TrainState) -> TrainState:
         """Returns the part of `state` that an evaluation takes: what it does not look at costs time at each call."""

@@ -55,7 +55,7 @@ class Supply(NamedTuple):
 def can_hold(source: Source, strategy: Strategy) -> Arrays | None:
     """Returns `source` where it is to be held: it asks for it, or is small, and the step runs on one device."""
     # A subclass may do anything to its batches.
-    if type(source) is not Arrays or not strategy.takes_host_batches:
+    if type(source) is not Arrays or not source.is_numeric or not strategy.takes_host_batches:
         return None
     most = _MOST_BYTES.get(jax.default_backend(), _MOST_BYTES_ELSEWHERE)
     wanted = source.nbytes <= most if source.on_device is None else source.on_device

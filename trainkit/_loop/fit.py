@@ -17,6 +17,7 @@ from trainkit._engine.compile_ahead import compile_ahead
 from trainkit._engine.compile_cache import kept_on_disk
 from trainkit._engine.cpu_settings import arena_is_shared
 from trainkit._engine.engine import Engine
+from trainkit._feed.leaves import parted
 from trainkit._feed.stream import Stream
 from trainkit._loop.interrupts import Interrupts
 from trainkit._loop.loop import Loop
@@ -132,7 +133,7 @@ def _state_to_train(engine: Engine, run: Run, request: Request, first: Batch | G
 def first_spec(source: Source) -> Any:
     """Returns a batch of a training source, or its shapes and dtypes; None where to look at one would cost the fit."""
     batch = next(iter(source.global_batches(0)), None) if source.seekable else None
-    return None if batch is None else batch.spec()
+    return None if batch is None else parted(batch.spec())[0]
 
 
 def peek(engine: Engine, source: Source, run: Run) -> tuple[Any, Iterator[Any]]:

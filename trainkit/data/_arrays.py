@@ -15,7 +15,7 @@ import numpy as np
 from trainkit._core.tree import named_leaves
 from trainkit._core.typing import Batch, PyTree
 from trainkit.data._base import Source
-from trainkit.data._batch import GlobalBatch, is_numeric, not_numeric
+from trainkit.data._batch import GlobalBatch, is_numeric, not_numeric, stays_on_host
 from trainkit.data._tensors import to_host
 
 
@@ -85,9 +85,10 @@ class Arrays(Source):
         size: the number of examples held.
         nbytes: of all arrays.
         on_device: as given.
+        is_numeric: whether a step can take every leaf; strings and objects stay on the host.
 
     Raises:
-        TypeError: a leaf is not numeric.
+        TypeError: no leaf is numeric.
         ValueError: the leading sizes differ, there is no example, labels are NaN, an option is out of range,
             or there is less than one batch and `drop_last` would leave it out.
 
@@ -122,6 +123,7 @@ class Arrays(Source):
         self._drop_last = shuffle if drop_last is None else drop_last
         self._order_of: tuple[int, np.ndarray] | None = None
         self.nbytes = sum(leaf.nbytes for leaf in self._leaves)
+        self.is_numeric = all(map(is_numeric, self._leaves))
 
         rows = _at_least("batch_size", batch_size, 1)
         if self._drop_last and self.size < rows:
@@ -209,7 +211,7 @@ class Arrays(Source):
             return self._cut(order, first + start, first + stop)
 
         def spec() -> Batch:
-            leaves = [jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype) for leaf in self._leaves]
+            leaves = [_spec(leaf, size) for leaf in self._leaves]
             return jax.tree_util.tree_unflatten(self._structure, leaves)
 
         return GlobalBatch(size, read, spec)
@@ -222,12 +224,23 @@ class Arrays(Source):
         return kept[1]
 
 
+def _spec(leaf: np.ndarray, rows: int) -> Any:
+    shape = (rows, *leaf.shape[1:])
+    # JAX describes nothing that a step can't take; this takes no memory.
+    return (
+        jax.ShapeDtypeStruct(shape, leaf.dtype)
+        if is_numeric(leaf)
+        else np.broadcast_to(np.empty((), leaf.dtype), shape)
+    )
+
+
 def _check_leaves(tree: PyTree) -> int:
     named = named_leaves(tree)
     if not named:
         raise ValueError("Arrays was given no array. Give a mapping, a tuple or a list of arrays.")
+    nothing = not any(is_numeric(leaf) for _, leaf in named)
     for name, leaf in named:
-        if not is_numeric(leaf):
+        if not is_numeric(leaf) and (nothing or not stays_on_host(leaf)):
             raise TypeError(not_numeric(name, leaf))
         if leaf.ndim == 0:
             raise ValueError(

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, final, runtime_checkable
 
+from trainkit._core.tree import named_leaves
 from trainkit._core.typing import Batch, Clock
 from trainkit.data._base import Source
-from trainkit.data._batch import batch_size_of, check_batch
+from trainkit.data._batch import batch_size_of, check_batch, stays_on_host
 from trainkit.data._stateful import stateful
 from trainkit.data._tensors import is_array, to_host
 from trainkit.data._units import Units
@@ -277,7 +278,8 @@ def _listed(data: Sequence[Any]) -> Source:
 
 def _checked_size(index: int, batch: Batch) -> int:
     try:
-        check_batch(batch)
+        taken = [one for one in named_leaves(batch) if not stays_on_host(one[1])]
+        check_batch(dict(taken) or batch)
         return batch_size_of(batch)
     except (TypeError, ValueError) as error:
         raise type(error)(f"Batch {index} of the list: {error}") from None

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from trainkit._core.tree import differences, signature
 from trainkit._core.typing import Batch
+from trainkit._feed.leaves import parted
 from trainkit.data._batch import batch_size_of, check_batch, owned
 from trainkit.data._source import Source, as_source
 from trainkit.testing._promises import equal, holds, promised, same_batches
@@ -62,7 +63,7 @@ def _read(source: Source, epoch: int, *, reused: bool = True) -> list[Batch]:
                 given,
                 copies[-1],
             )
-        check_batch(batch)
+        check_batch(parted(batch)[0])
         batch_size_of(batch)
         given = batch
         copies.append(owned(batch))
