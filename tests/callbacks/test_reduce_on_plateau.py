@@ -96,12 +96,13 @@ def test_survives_a_resume_through_json():
         assert first + [cut + number for number in reductions(after, values[cut:])] == whole
 
 
-def test_another_trainer_begins_afresh_and_a_second_fit_does_not():
+def test_another_run_begins_afresh_and_a_second_fit_does_not():
     plateau = begin(ReduceOnPlateau("eval/loss", mode="min", patience=2, cooldown=5))
     assert reductions(plateau, [1.0] * 3) == [2]
     begin(plateau, step=30)
     assert reductions(plateau, [1.0] * 5) == []
-    begin(plateau)
+    plateau.reset()
+    begin(plateau, step=30)
     assert plateau.state_dict() == {"best": None, "best_step": 0, "count": 0, "cooling": 0}
 
 

@@ -40,11 +40,11 @@ def check_callback(make: Callable[[], Callback]) -> None:
     once = copy.deepcopy(callback.state_dict())
     with promised("a callback serves a second fit"):
         _fit(trainer)
+    _check_state_dict(callback, make)
     trainer.reset()
     with promised("a callback serves another run"):
         _fit(trainer)
     equal("in another run a callback begins afresh; see Callback.reset", callback.state_dict(), once)
-    _check_state_dict(callback, make)
 
 
 class _Failing(Callback):
