@@ -21,7 +21,7 @@ from trainkit._engine.eval_loop import LoopedFeed, looped
 from trainkit._engine.padding import PaddingCheck
 from trainkit._engine.prepared import Prepared
 from trainkit._engine.updates import check_updated
-from trainkit._feed.feed import Feed, SharedFeed, UnitFeed
+from trainkit._feed.feed import Feed, SharedFeed, UnitFeed, no_rows
 from trainkit._feed.leaves import Parted, Warned, parted, wide_leaves
 from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
 from trainkit._feed.stream import Stream
@@ -280,7 +280,7 @@ class Engine:
             return None
         # A subclass may do anything to its batches.
         plain = type(source) is Arrays and source.is_numeric
-        return source if plain and not accumulator.has_collecting else None
+        return source if plain and not accumulator.has_collecting else None  # pyright: ignore[reportReturnType]
 
     def evaluated(self, state: TrainState) -> TrainState:
         """Returns the part of `state` that an evaluation takes: what it does not look at costs time at each call."""
@@ -363,10 +363,7 @@ class Engine:
         check_batch(spec)
         rows = 1 if self.steps.units else batch_size_of(spec)
         if not rows:
-            raise ValueError(
-                f"the first batch for {what} has 0 rows: there is nothing to compute a loss of. Leave empty batches "
-                "out of the source, or look at the filter that made it."
-            )
+            raise ValueError(no_rows(what))
         return spec, rows
 
     def _feed(self, **options: Any) -> Feed:

@@ -61,7 +61,7 @@ class Feed:
         announced: set[str] | None = None,
     ) -> None:
         if not rows:
-            raise ValueError(_no_rows(what))
+            raise ValueError(no_rows(what))
         self._strategy, self._exact, self._what, self._why = strategy, exact, what, why
         self._rows = self._round_up(rows) if exact else rows
         masked = exact and (may_be_partial or self._rows != rows)
@@ -84,7 +84,7 @@ class Feed:
         if real == self._rows:
             return Fed(self._strategy.place(batch), self._full_mask, real)
         if not real:
-            raise ValueError(_no_rows(self._what))
+            raise ValueError(no_rows(self._what))
         if not self._exact:
             self._announce(real)
             return Fed(self._strategy.place(batch), None, real)
@@ -175,7 +175,8 @@ class SharedFeed(Feed):
         return Fed(placed, self._strategy.place(mask(rows, real)), real)
 
 
-def _no_rows(what: str) -> str:
+def no_rows(what: str) -> str:
+    """Returns what is said of a batch without rows for a step."""
     return (
         f"a batch for {what} has 0 rows; a batch must have at least one. Where a filter can take all of them, "
         "pass over the batches it leaves empty."
