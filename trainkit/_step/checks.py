@@ -45,6 +45,13 @@ def explained_shapes(batch: Any, *, one_example: bool) -> Iterator[None]:
     """Adds to an error that the user's loss raises what it was called with, and where another loss runs."""
     try:
         yield
+    except KeyError as error:
+        leaves = ", ".join(f"{name} {kind}" for name, kind in signature(batch).items())
+        error.add_note(
+            f"trainkit: loss was called with {leaves}. A leaf of strings or objects stays on the host: encode it as "
+            "numbers to use it in a loss."
+        )
+        raise
     except (TypeError, ValueError, IndexError, flax.errors.FlaxError) as error:
         leaves = ", ".join(f"{name} {kind}" for name, kind in signature(batch).items())
         seen = (
