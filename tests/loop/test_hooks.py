@@ -491,6 +491,7 @@ def test_update_replaces_the_state():
     def update(info):
         return tk.Update(lambda state: state.replace(params={"w": state.params["w"] + 100}))
 
+    trainer().fit(TWO, epochs=1)  # what a test before this one compiled may be of another form
     compiled = traces()
     callback = Lambda(every=tk.At(steps=(2,)), on_fit_start=update, on_step=update, on_fit_end=update)
     result = trainer(callback).fit(TWO, epochs=2)
@@ -498,7 +499,7 @@ def test_update_replaces_the_state():
     # A state of Python and NumPy numbers is taken in as the arrays it stands for.
     plain = Lambda(on_fit_start=lambda info: tk.Update(lambda s: s.replace(params={"w": np.float32(7)})))
     assert weight(trainer(plain).fit(TWO, epochs=1).state) == 7 - (1 + 2)
-    assert traces() == max(compiled, 1)
+    assert traces() == compiled
 
 
 def test_update_may_return_what_it_was_given():
