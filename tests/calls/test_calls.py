@@ -18,7 +18,7 @@ from trainkit._calls import tuner as tuning
 from trainkit._calls.calls import Calls
 from trainkit._calls.choice import SINGLE, Choice, Remembered
 from trainkit._engine import cpu_settings
-from trainkit._trainer import trainer as trainer_module
+from trainkit._loop import fit as fit_module
 
 
 class Conv(nn.Module):
@@ -444,7 +444,7 @@ def test_what_a_thread_compiles_ahead_is_not_compiled_again(monkeypatch):
     try:
         runs = {}
         for ahead in (False, True):
-            monkeypatch.setattr(trainer_module, "arena_is_shared", lambda ahead=ahead: not ahead)
+            monkeypatch.setattr(fit_module, "arena_is_shared", lambda ahead=ahead: not ahead)
             jax.clear_caches()
             programs.clear()
             threads.clear()

@@ -84,7 +84,7 @@ assert cpu_settings.step_bytes(trainer._engine.steps, batch) > 0
 assert not cpu_settings.has_started()
 trainer.fit([batch], steps=3)
 assert cpu_settings.has_started()
-assert len(traced) == 2, traced  # to initialise, and the step
+assert len(traced) == 3, traced  # to initialise, once more for the stream "dropout", and the step
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -143,5 +143,5 @@ def test_a_loss_that_cannot_be_traced_is_told_where_it_is_used():
 
     with pytest.raises(KeyError, match="no such leaf"):
         Wrong(Net(), optax.sgd(0.1)).fit(tk.data.Arrays(batches(1)[0], 16), epochs=1)
-    with pytest.raises(TypeError, match="Leaf `x` is a ndarray of dtype"):
+    with pytest.raises(KeyError, match="x"):  # a leaf of strings stays on the host
         NetTrainer(Net(), optax.sgd(0.1)).init({"x": np.array(["a"]), "y": np.zeros(1, np.int32)})

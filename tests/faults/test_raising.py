@@ -19,7 +19,7 @@ HOOKS = [
     ("on_eval_end", 2, [4, 6, 8]),
     ("on_epoch_end", 1, [6, 8, 10]),
     ("on_fit_end", 1, [8, 10, 12]),
-    ("state_dict", 3, [2, 4]),
+    ("state_dict", 4, [2, 4]),  # the first call is before the fit, for what the callback is to go back to
     ("close", 1, [8, 10, 12]),
 ]
 

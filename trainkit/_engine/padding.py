@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainkit._core.state import TrainState, key_impl, with_raw_key
+from trainkit._core.state import TrainState
 from trainkit._core.typing import PyTree
 from trainkit._engine.prepared import Prepared
 from trainkit._feed.feed import Fed, Feed
@@ -37,22 +37,23 @@ class PaddingCheck:
         self._steps, self._strategy = steps, strategy
         self._seen: dict[str, bool] = {}
 
-    def training(self, feed: Feed, step: int, state: TrainState, held: PyTree, handed: Any) -> None:
+    def training(self, feed: Feed, step: int, raw: TrainState, impl: str, held: PyTree, handed: Any) -> None:
         """Refuses a loss whose rows depend on what pads their batch; to be called before the batch is trained on.
 
         Args:
             feed: pads it.
             step: updates completed.
-            state: after them.
+            raw: the state after them, its key raw.
+            impl: of that key.
             held: data on the device.
             handed: the batch, or the numbers of its rows in `held`.
         """
         if not self._is_due("training", lambda: step):
             return
-        impl, bare = key_impl(state), with_raw_key(state.replace(opt_state=(), hooks={}))
+        bare, row_losses = raw.replace(opt_state=(), hooks={}), self._row_losses(impl)
 
         def run(fed: Fed) -> dict[str, Any]:
-            losses = self._row_losses(impl)(bare, held, fed.batch, fed.mask)
+            losses = row_losses(bare, held, fed.batch, fed.mask)
             found, mask = self._strategy.fetch((losses, fed.mask))
             return {name: value[mask] for name, value in found.items()}
 

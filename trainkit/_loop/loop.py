@@ -110,7 +110,9 @@ class Loop:
         steps = self.standing.plan.steps
         held = self._engine.strategy.replicate(self._supply.held)
         feed, engine, standing = self._prepared.feed, self._engine, self.standing
-        feed.on_padding = lambda one: engine.padding.training(feed, standing.step, standing.state, held, one)
+        feed.on_padding = lambda one: engine.padding.training(
+            feed, standing.step, standing.raw, standing.impl, held, one
+        )
         self._prepared.calls.begin(given, steps and steps - self.standing.step, held)
 
     @property
