@@ -282,5 +282,5 @@ def test_a_first_batch_without_rows_is_refused():
         lambda: trainer().evaluate(empty),
         lambda: trainer().predict(empty),
     ):
-        with pytest.raises(ValueError, match=r"first batch for \w+ has 0 rows"):
+        with pytest.raises(ValueError, match=r"a batch for \w+ has 0 rows"):
             ask()
