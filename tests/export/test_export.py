@@ -448,7 +448,13 @@ DENSE = nn.Dense(2)
         ((DENSE, None), images(2), {}, TypeError, "source has variables of type NoneType"),
         (DENSE, images(2), {}, TypeError, "source is Dense; expected a trainer, or a pair"),
         ((DENSE, {}, 1), images(2), {}, TypeError, "source is a tuple of 3"),
-        ((DENSE, {}), images(2), {"weights": "best"}, ValueError, "the choices are 'averaged', 'ema' and 'live'"),
+        (
+            (DENSE, {}),
+            images(2),
+            {"weights": "best"},
+            ValueError,
+            "the choices are 'averaged', 'ema' and 'live'",
+        ),
         (
             (DENSE, {}),
             images(2),

@@ -330,3 +330,14 @@ def test_what_a_step_counts_is_kept_where_an_update_keeps_it():
     result = trainer(Lambda(on_step=same)).fit(DATA, steps=3)
     assert (result.step, weight(result.state)) == (3, -6)
     np.testing.assert_array_equal(result.state.step, 3)
+
+
+def test_a_run_that_went_back_goes_on_from_there_for_a_command_that_asks_for_more(tmp_path):
+    script = Script({**LOSSES, 5: 3.0, 6: 0.5})
+    fit(best(script, tmp_path, Checkpoint(EACH), patience=9), script, steps=4, resume=True)
+    # Started again with six steps in place of four: steps 3 and 4 are done again, each stands once in the logs.
+    result = fit(best(script, tmp_path, Checkpoint(EACH), patience=9), script, steps=6, resume=True)
+    assert (result.step, result.stopped_by) == (6, None)
+    assert logged(result) == logged(result, "eval/loss") == [1, 2, 3, 4, 5, 6]
+    for log in scalars_of(tmp_path):
+        assert sorted(step for step, name in log if name == "train/loss") == [1, 2, 3, 4, 5, 6]

@@ -160,7 +160,7 @@ def train(logdir, steps):
         logdir=logdir,
         callbacks=[
             EMA(0.9),
-            EarlyStopping("eval/loss", patience=9, restore_best=True),
+            EarlyStopping("eval/loss", patience=9),
             LogMetrics(tk.Every(steps=3)),
             Checkpoint(tk.Every(steps=SAVE_EVERY), keep=2, best=("eval/loss", "min")),
         ],

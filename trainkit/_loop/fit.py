@@ -3,6 +3,7 @@
 Owns the way in and out; what happens in between is the loop's.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from trainkit._loop.loop import Loop
 from trainkit._loop.request import Request
 from trainkit._loop.result import FitResult, summarized
 from trainkit._loop.run import Ongoing, Run
+from trainkit._loop.standing import goes_beyond
 from trainkit._loop.stopwatch import PARTS
 from trainkit._loop.told import direction_of
 from trainkit._resume.restore import restore_state
@@ -77,6 +79,10 @@ def _fit(
         return _done_before(engine, run, saved)
     if saved is None:
         run.take_back(writer)
+    elif goes_beyond(request, saved):
+        # It goes on from the step that it went back to: what was logged after that is taken back first.
+        run.take_back(writer)
+        saved = dataclasses.replace(saved, history=run.history.state_dict())
     run.adopt(request.callbacks)
     loop = Loop(
         engine,

@@ -73,7 +73,18 @@ def standing_of(request: Request, state: TrainState, position: Position, resumed
     plan = plan_of(request, step, position, *first)
     standing = Standing(with_raw_key(state), key_impl(state), step, position, *first, plan)
     if resumed is not None:
-        standing.stopped_by, standing.came_to = resumed.stopped_by, resumed.came_to
+        standing.stopped_by = resumed.stopped_by
+        standing.came_to = None if goes_beyond(request, resumed) else resumed.came_to
         standing.evaluation_owed = resumed.evaluation_owed
         standing.epoch_end_owed = resumed.epoch_end_owed
     return standing
+
+
+def goes_beyond(request: Request, saved: Saved) -> bool:
+    """Says whether a fit that went back to an earlier step at its end is now asked for more than it had come to."""
+    if saved.came_to is None or saved.stopped_by is not None:
+        return False
+    if request.steps is not None:
+        return saved.first_step + request.steps > saved.came_to
+    assert request.epochs is not None
+    return saved.first_epoch + request.epochs > saved.epoch - (1 if saved.batch else 0)
