@@ -68,23 +68,25 @@ CASES = {
 
 
 class Counted(tk.data.Source):
-    """The batches of a source, and the examples that this process read of them."""
+    """The batches of a source, and the examples that this process read of each, by epoch and index."""
 
     may_be_partial = True
 
     def __init__(self, source):
-        self.source, self.read, self.num_examples = source, [], source.num_examples
+        self.source, self.read, self.num_examples = source, {}, source.num_examples
         self.steps_per_epoch = source.steps_per_epoch
 
     def batches(self, epoch, start=0):
-        return map(self._note, self.source.batches(epoch, start))
+        for index, batch in enumerate(self.source.batches(epoch, start), start):
+            yield self._note((epoch, index), batch)
 
     def global_batches(self, epoch, start=0):
-        for batch in self.source.global_batches(epoch, start):
-            yield batch._replace(read=lambda start, stop, batch=batch: self._note(batch.read(start, stop)))
+        for index, batch in enumerate(self.source.global_batches(epoch, start), start):
+            place = epoch, index
+            yield batch._replace(read=lambda *part, one=batch, at=place: self._note(at, one.read(*part)))
 
-    def _note(self, rows):
-        self.read.append(rows["number"])
+    def _note(self, place, rows):
+        self.read.setdefault(place, []).append(rows["number"].tolist())
         return rows
 
 
