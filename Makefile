@@ -23,7 +23,7 @@ RUFF_PATHS := .
 # Collectives on forced host devices deadlock unless XLA's thread pool has two threads per device.
 MULTI_DEVICE_ENV := NPROC=16 XLA_FLAGS="$(XLA_FLAGS) --xla_force_host_platform_device_count=8"
 # Each worker begins with half of the tests in their order, so that most files have their shared trainers made once.
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal --durations=20
 
 # What `make quick` runs: the shape of the package, every step and the loop around it, data, checkpoints, messages.
 QUICK := tests/project/test_architecture.py tests/project/test_import.py tests/project/test_tested.py tests/core \

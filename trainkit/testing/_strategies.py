@@ -63,7 +63,7 @@ def _check_training(strategy: Strategy, model: Net, sizes: list[int]) -> Trainer
     again = compiled[-1] - compiled[0] - (min(sizes) < max(sizes))
     holds(
         again <= 0,
-        f"no step compiles after the first, also where batches are padded: {again} programs did",
+        f"nothing compiles after the first step, also where batches are padded: {again} programs did",
     )
     return trainer
 
