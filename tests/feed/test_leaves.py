@@ -1,5 +1,7 @@
 """Leaves that no step can take stay on the host; integers that lose bits and untrainable parameters are named."""
 
+import clu.metrics
+import flax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -111,3 +113,47 @@ def test_a_parameter_without_a_gradient_is_named():
 
     with pytest.raises(TypeError, match=r"have no gradient: params/table int32\[4\]"):
         Fits(Table(), optax.sgd(0.1)).fit([np.ones((4, 2), np.float32)], epochs=1)
+
+
+def worst(rows):
+    """The name of the row of the largest loss, as its place in the alphabet; all names of the rows that count."""
+    return {"worst": ord(rows["id"][rows["loss"].argmax()]) - ord("a"), "seen": len(set(rows["id"]))}
+
+
+@pytest.mark.parametrize("batch_size", [4, 3, 8])
+def test_metrics_that_collect_rows_get_them_beside_the_outputs(batch_size):
+    @flax.struct.dataclass
+    class Metrics(clu.metrics.Collection):
+        loss: clu.metrics.Average.from_output("loss")
+        rows: tk.metrics.collecting(["loss", "id"], worst)
+        names: tk.metrics.collecting(["id"], lambda rows: len(rows["id"]))
+
+    class Collects(WeightTrainer):
+        metrics = Metrics
+
+        def loss(self, model, batch, ctx):
+            return super().loss(model, batch["x"], ctx)
+
+    losses = np.array([3, 1, 4, 1, 5, 9, 2, 6], np.float32)
+    data = tk.data.Arrays({"x": losses, "id": np.array(list("abcdefgh"))}, batch_size)
+    result = Collects(Weight(), optax.sgd(1.0)).fit(data, epochs=1, eval_data=data)
+    last = {
+        name: result.history.last(f"eval/{name}") for name in ("loss", "rows/worst", "rows/seen", "names")
+    }
+    assert last == {"loss": losses.mean(), "rows/worst": losses.argmax(), "rows/seen": 8, "names": 8}
+
+
+def test_a_metric_that_collects_what_is_nowhere_is_refused():
+    @flax.struct.dataclass
+    class Metrics(clu.metrics.Collection):
+        rows: tk.metrics.collecting(["id", "nowhere"], worst)
+
+    class Collects(WeightTrainer):
+        metrics = Metrics
+
+        def loss(self, model, batch, ctx):
+            return super().loss(model, batch["x"], ctx)
+
+    data = [{"x": np.ones(4, np.float32), "id": NAMES[0]}]
+    with pytest.raises(ValueError, match="'nowhere'"):
+        Collects(Weight(), optax.sgd(1.0)).fit(data, epochs=1)

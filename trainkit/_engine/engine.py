@@ -404,9 +404,10 @@ class Engine:
     ) -> Prepared:
         impl = key_impl(state)
         looks = _debugs_numbers()
-        key = (kind, impl, repr(signature(traits.outputs)), str(traits.weighted), looks)
+        beside = frozenset(self._warned.on_host)
+        key = (kind, impl, repr(signature(traits.outputs)), str(traits.weighted), looks, beside)
         if key not in self._prepared:
-            accumulator = Accumulator(self._collections[kind], weighted=traits.weighted)
+            accumulator = Accumulator(self._collections[kind], weighted=traits.weighted, beside=beside)
             accumulator.specify(**traits.outputs)
             pure = functools.partial(step, accumulator, impl)
             run = compiled(pure)

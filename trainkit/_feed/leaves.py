@@ -16,18 +16,24 @@ _OUT = object()
 
 
 class Warned:
-    """What was said once already, of the batches of one trainer."""
+    """What was said once already, of the batches of one trainer.
+
+    Attributes:
+        names: of the leaves of which something was said.
+        on_host: of those that stay on the host.
+    """
 
     def __init__(self) -> None:
-        self.names: set[str] = set()
+        self.names, self.on_host = set[str](), set[str]()
 
     def host(self, name: str, leaf: Any) -> None:
         """Says that a leaf stays on the host."""
+        self.on_host.add(name)
         if name not in self.names:
             self.names.add(name)
             _LOG.warning(
                 "the leaf `%s` of a batch (%s) is nothing that a step can take: it stays on the host, is left out of "
-                "what `loss` is given, and comes back beside the outputs of `predict`.",
+                "what `loss` is given, and comes back beside the outputs of `predict` and in what metrics collect.",
                 name,
                 leaf.dtype,
             )

@@ -43,13 +43,14 @@ def evaluate(
         RuntimeError: the examples counted on the devices are not those the source gave.
     """
     source = source.in_order()
-    first, batches, _ = _peek(engine, source)
+    first, batches, host = _peek(engine, source)
     prepared = engine.prepare_eval(state, source, first)
     state = with_raw_key(engine.evaluated(state))
     accumulator, feed, rows = prepared.accumulator, prepared.feed, _Rows(engine)
     feed.on_padding = functools.partial(engine.padding.evaluation, prepared, state)
     collects, in_flight = accumulator.has_collecting, feed.in_flight
     carry, segments, carried, given = prepared.empty, [], 0, 0
+    beside: list[dict[str, np.ndarray]] = []
     for number, batch in enumerate(prepared.batches or batches, start=1):
         if interrupted():
             return None
@@ -59,6 +60,7 @@ def evaluate(
         carried += fed.batches
         if collects:
             rows.add(collected, None if engine.steps.units else fed.real)
+            beside.append({name: leaf for name, leaf in host().items() if leaf.ndim})
         if carried >= _STEPS_PER_SEGMENT:
             segments.append(carry)
             carry, carried = prepared.empty, 0
@@ -72,7 +74,8 @@ def evaluate(
     segments = [engine.strategy.fetch(segment) for segment in [*segments, carry]]
     _check_count(sum(int(counted) for _, counted in segments), given, source)
     merged = accumulator.merge([packed for packed, _ in segments])
-    return accumulator.compute(merged, rows.all())
+    collected = [{**one, **more} for one, more in zip(rows.all(), beside, strict=True)]
+    return accumulator.compute(merged, collected)
 
 
 def predict(engine: Engine, state: TrainState, source: Source) -> PyTree:

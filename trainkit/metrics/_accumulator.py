@@ -7,7 +7,7 @@ means is CLU's protocol, `clu.metrics.Metric`; when to read it is the caller's a
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -24,6 +24,7 @@ from trainkit.metrics._direction import Direction, direction_of
 from trainkit.metrics._inputs import output_name
 from trainkit.metrics._mean import is_weightless, of_weighted_loss
 from trainkit.metrics._packing import Packed, Packing
+from trainkit.metrics._variant import variant
 
 Collected = dict[str, Any]
 
@@ -45,6 +46,7 @@ class Accumulator:
     Args:
         collection: subclass of `clu.metrics.Collection`.
         weighted: whether the loss is a `tk.Weighted` one: its mean is then weighted by the output `weight`.
+        beside: names of rows that stay on the host beside the outputs, which collecting metrics may ask for too.
 
     Raises:
         TypeError: if the collection or one of its metrics can't be used, saying why.
@@ -60,8 +62,14 @@ class Accumulator:
         {'loss': 1.5}
     """
 
-    def __init__(self, collection: type[metrics.Collection], *, weighted: bool = False) -> None:
-        self._collection = collection
+    def __init__(
+        self,
+        collection: type[metrics.Collection],
+        *,
+        weighted: bool = False,
+        beside: Iterable[str] = (),
+    ) -> None:
+        self._collection, self._beside = collection, frozenset(beside)
         self._classes = metric_classes(collection)
         if weighted:
             self._classes = {name: of_weighted_loss(name, one) for name, one in self._classes.items()}
@@ -118,7 +126,8 @@ class Accumulator:
         outputs = jax.eval_shape(_single_precision, outputs)
         with _clu_arithmetic():
             for name, metric in self._classes.items():
-                metric_spec(name, metric, outputs)
+                if (asked := self._of_outputs(metric, outputs)) is not None:
+                    metric_spec(name, asked, outputs)
             packing = Packing.of(self._carried_spec(outputs))
         if self._packing not in (None, packing):
             old, new = (signature(p.treedef.unflatten(p.leaves)) for p in (self._packing, packing))
@@ -201,7 +210,8 @@ class Accumulator:
         collected = {"mask": outputs["mask"]} if outputs.get("mask") is not None else {}
         for name, metric in self._collecting.items():
             if issubclass(metric, Collecting):
-                collected |= {key: outputs[key] for key in metric.wanted(outputs)}
+                asked: Any = self._of_outputs(metric, outputs)
+                collected |= {} if asked is None else {key: outputs[key] for key in asked.wanted(outputs)}
             else:
                 values = metric.from_model_output(**outputs).values
                 collected |= {f"{name}/{key}": jnp.concatenate(parts) for key, parts in values.items()}
@@ -278,6 +288,16 @@ class Accumulator:
     def weightless(self, merged: metrics.Collection) -> set[str]:
         """Returns the names of the weighted metrics that have seen no weight, and so have no value."""
         return {name for name, metric in vars(merged).items() if is_weightless(metric)}
+
+    def _of_outputs(self, metric: type[metrics.Metric], outputs: Outputs) -> type[metrics.Metric] | None:
+        """Returns the part of a metric that is made from outputs, which leaves out the rows beside; None for none."""
+        if not issubclass(metric, Collecting):
+            return metric
+        wanted = metric.wanted(outputs)
+        rest = tuple([name for name in wanted if name in outputs or name not in self._beside])
+        if len(rest) == len(wanted):
+            return metric
+        return variant(Collecting, metric.__name__, names=rest) if rest else None
 
     def _gathered(self, name: str, rows: list[dict[str, np.ndarray]]) -> metrics.CollectingMetric:
         metric = self._collecting[name]
