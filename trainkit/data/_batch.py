@@ -117,7 +117,8 @@ def owned(batch: Batch) -> Batch:
     JAX reads host arrays while later lines of Python run: it takes those that lie at a multiple of 64 bytes as they
     are, and copies others of 100 KB and more in a thread.
     """
-    return jax.tree.map(lambda leaf: _copied(leaf) if isinstance(leaf, np.ndarray) else leaf, batch)
+    leaves, structure = jax.tree.flatten(batch)
+    return jax.tree.unflatten(structure, [_copied(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves])
 
 
 def _copied(leaf: np.ndarray) -> np.ndarray:
