@@ -118,7 +118,9 @@ def owned(batch: Batch) -> Batch:
     are, and copies others of 100 KB and more in a thread.
     """
     leaves, structure = jax.tree.flatten(batch)
-    return jax.tree.unflatten(structure, [_copied(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves])
+    return jax.tree.unflatten(
+        structure, [_copied(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
+    )
 
 
 def _copied(leaf: np.ndarray) -> np.ndarray:
