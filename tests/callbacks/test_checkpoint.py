@@ -99,14 +99,16 @@ def test_save_is_asked_of_every_checkpoint(tmp_path):
     assert steps_in(tmp_path / "a") == steps_in(tmp_path / "b") == [3, 10]
 
 
-def test_a_fit_that_would_mix_with_another_run_is_refused(tmp_path):
+def test_a_step_before_the_newest_checkpoint_is_no_place_to_go_on_from(tmp_path):
     saving(tmp_path, every=tk.Every(steps=5)).fit(TEN, epochs=1)
-    message = (
-        r"has checkpoints of the steps 5, 10, and this fit begins at step 0\. .*resume=True.*another logdir"
-    )
+    logged = (tmp_path / "metrics.jsonl").read_bytes()
+    made = saving(tmp_path)
+    made.restore(tmp_path, step=5)
+    message = r"has checkpoints of the steps 10, and this fit begins at step 5.*another logdir.*resume=True"
     with pytest.raises(ValueError, match=message):
-        saving(tmp_path).fit(TEN, epochs=1)
+        made.fit(TEN, epochs=1)
     assert steps_in(tmp_path / "checkpoints") == [5, 10]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == logged
 
 
 def test_two_fits_go_on(tmp_path):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trainkit.checkpoint._retention import Best, best_step, kept_steps
+from trainkit.checkpoint._retention import Best, Retention, best_step
 
 LOSS, ACCURACY = Best("eval/loss", "min"), Best("eval/accuracy", "max")
 
@@ -56,4 +56,4 @@ def test_another_metric_does_not_rank():
 )
 def test_the_newest_stay_and_the_best_beside_them(keep, best, kept):
     scores = scored("eval/loss", {10: 3.0, 20: 1.0, 30: 2.0, 40: math.nan, 50: 1.0})
-    assert kept_steps(scores, keep, best) == kept
+    assert Retention(keep, best).kept(scores) == kept

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.compare import assert_same
 from tests.helpers.runs import flip, largest_file
 from trainkit._core.tree import flat, nested
-from trainkit.checkpoint._retention import Best
+from trainkit.checkpoint._retention import Best, Retention
 from trainkit.checkpoint._store import Contents, Store
 
 LOSS = Best("eval/loss", "min")
@@ -87,7 +87,7 @@ def test_an_empty_or_missing_folder_has_no_checkpoints(store):
 
 def test_retention_removes_whole_folders(store):
     save(store, 1, 2, 3, 4, losses=[4.0, 1.0, 3.0, 2.0])
-    store.retain(1, LOSS)
+    store.retain(Retention(1, LOSS))
     store.close()
     assert names(store) == ["2", "4"]
     assert store.best(LOSS) == 2
@@ -96,10 +96,10 @@ def test_retention_removes_whole_folders(store):
 
 def test_scores_that_come_later_count(store):
     save(store, 1, 2, 3, losses=[4.0, None, 3.0])
-    store.retain(3, LOSS)  # has read them once
+    store.retain(Retention(3, LOSS))  # has read them once
     store.add_scores(2, {"eval/loss": 0.5})
     assert store.meta(2)["scores"] == {"eval/loss": 0.5}
-    store.retain(1, LOSS)
+    store.retain(Retention(1, LOSS))
     store.close()
     assert names(store) == ["2", "3"]
     assert store.problems(2) == []  # the list of files is still right
@@ -133,7 +133,7 @@ def test_what_a_killed_process_left_is_cleaned_and_nothing_else(store, tmp_path)
     store.clean()
     assert store.steps() == [3]
     save(store, 10, 11, 12)
-    store.retain(1, LOSS)
+    store.retain(Retention(1, LOSS))
     store.close()
     assert names(store) == sorted([*foreign, "9", "12"])
     assert all((store.folder / name / "file").read_text() == "content" for name in foreign)
@@ -145,7 +145,7 @@ def test_a_link_is_removed_and_what_it_points_to_is_not(store, tmp_path):
     (store.folder / "1").rename(tmp_path / "archive")
     (store.folder / "1").symlink_to(tmp_path / "archive")
     save(store, 2)
-    store.retain(1, None)
+    store.retain(Retention(1, None))
     store.close()
     assert store.steps() == [2]
     assert Store(tmp_path).folder.joinpath("archive", "meta.json").exists()

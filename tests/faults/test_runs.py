@@ -179,4 +179,4 @@ def test_a_writer_that_raises_where_warnings_are_errors_leaves_nothing_open(tmp_
         made.fit(numbers(1), epochs=1)
     assert logged(tmp_path, "train/loss") == [(1, 1.0)]
     # Its folder is free again.
-    trainer(logdir=tmp_path).fit(numbers(1), epochs=1)
+    trainer(logdir=tmp_path, overwrite=True).fit(numbers(1), epochs=1)

@@ -105,8 +105,8 @@ def test_without_a_checkpoint_to_go_back_to(tmp_path):
     with pytest.raises(
         RuntimeError, match=r"step 5 is not finite.*no checkpoint to go back to: add tk.callbacks"
     ):
-        made(tmp_path, keepers=[]).fit(BAD, epochs=1)
+        made(tmp_path / "a", keepers=[]).fit(BAD, epochs=1)
     with pytest.raises(
         RuntimeError, match=r"step 5 is not finite.*no checkpoint was saved yet.*save earlier"
     ):
-        made(tmp_path, keepers=[Checkpoint(tk.Every(steps=8))]).fit(BAD, epochs=1)
+        made(tmp_path / "b", keepers=[Checkpoint(tk.Every(steps=8))]).fit(BAD, epochs=1)

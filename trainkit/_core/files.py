@@ -36,7 +36,9 @@ class NotRegular(OSError):
         return f"{self.filename!r} {self.strerror}."
 
 
-def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
+def open_regular(
+    path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = 0o666, *, parted: bool = True
+) -> int:
     """Opens a regular file and returns its descriptor; links are not followed, and nothing blocks.
 
     To write, a file must have this name alone: one that has others (a backup made of hard links) is first given a
@@ -46,16 +48,17 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: i
         path: the file.
         flags: as for `os.open`, without `O_TRUNC`: it is not known yet what would be emptied.
         mode: permissions of a file that is made.
+        parted: whether a file that is to be written is given a content of its own.
 
     Raises:
         NotRegular: something else lies there.
         OSError: the system refused it.
     """
     check_regular(path, missing_ok=True)
-    writes = flags & (os.O_WRONLY | os.O_RDWR)
+    parted = parted and bool(flags & (os.O_WRONLY | os.O_RDWR))
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     status = os.fstat(descriptor)
-    if stat.S_ISREG(status.st_mode) and not (writes and status.st_nlink > 1):
+    if stat.S_ISREG(status.st_mode) and not (parted and status.st_nlink > 1):
         return descriptor
     os.close(descriptor)
     check_regular(path)

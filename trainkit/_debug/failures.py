@@ -4,6 +4,7 @@ Owns the folder `<logdir>/failures/<step>`; runs nothing.
 """
 
 import collections
+import contextlib
 import itertools
 import json
 import pathlib
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainkit._core.errors import NonFiniteError
+from trainkit._core.files import remove
 from trainkit._core.position import Position
 from trainkit._core.state import TrainState
 from trainkit._core.typing import Batch
@@ -148,3 +150,22 @@ def kept_state(logdir: pathlib.Path | None, step: int) -> Store | None:
     """Returns the store that holds the state before a step, as a checkpoint of `step - 1`; None where none does."""
     store = None if logdir is None else Store(logdir / _FOLDER / str(step) / _STATE)
     return store if store is not None and step - 1 in store.steps() else None
+
+
+def remove_failures(logdir: pathlib.Path) -> None:
+    """Removes what was kept of steps that went wrong; leaves what others put into the folder.
+
+    Raises:
+        OSError: the system refused it.
+    """
+    folder = logdir / _FOLDER
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in [path for path in folder.iterdir() if path.name.isdecimal() and not path.is_symlink()]:
+        Store(path / _STATE).clear()
+        for name in (_BATCHES, _ABOUT):
+            remove(path / name)
+        with contextlib.suppress(OSError):
+            path.rmdir()
+    with contextlib.suppress(OSError):
+        folder.rmdir()

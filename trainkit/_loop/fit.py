@@ -9,8 +9,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from trainkit._core.state import TrainState
 from trainkit._core.tree import copy_arrays
 from trainkit._core.typing import Batch
@@ -20,6 +18,7 @@ from trainkit._engine.cpu_settings import arena_is_shared
 from trainkit._engine.engine import Engine
 from trainkit._feed.leaves import parted
 from trainkit._feed.stream import Stream
+from trainkit._loop.folder import holding_folder, settle
 from trainkit._loop.interrupts import Interrupts
 from trainkit._loop.loop import Loop
 from trainkit._loop.request import Request
@@ -32,7 +31,6 @@ from trainkit._resume.restore import restore_state
 from trainkit._resume.saved import Saved
 from trainkit.data._base import Source
 from trainkit.data._batch import GlobalBatch
-from trainkit.writers._logdir import locked
 from trainkit.writers._open import open_writers
 from trainkit.writers._writer import MetricWriter
 
@@ -53,7 +51,7 @@ def fit(engine: Engine, run: Run, request: Request) -> FitResult:
         run.fitting() as ongoing,
         ongoing.watch.noting_compilation(),
         interrupts.listening(),
-        locked(None if jax.process_index() else request.logdir),
+        holding_folder(run, request),
         open_writers(request.logdir, request.writers, run.history) as writer,
         kept_on_disk(request.logdir if request.keep_compiled else None),
     ):
@@ -75,6 +73,7 @@ def _fit(
         current = run.state or engine.init_spec(first)
         run.state, run.shown = restore_state(engine, found[0], found[1].step, current), False
     if saved is not None and saved.fit > request.fit:
+        settle(run, request)
         run.begin(saved)
         return _done_before(engine, run, saved)
     if saved is None:
@@ -97,6 +96,7 @@ def _fit(
         watch=ongoing.watch,
         resumed=saved,
     )
+    settle(run, request)
     run.begin(saved)
     ongoing.standing = loop.standing
     try:

@@ -35,6 +35,7 @@ class Request:
         writers: those of the user.
         stores: the checkpoints that it goes on from; none where it is not to be resumed.
         keep_compiled: whether compiled programs are kept in `logdir`.
+        overwrite: whether a run that `logdir` holds is removed.
         dry: whether everything is only tried out.
     """
 
@@ -51,6 +52,7 @@ class Request:
     writers: tuple[MetricWriter, ...] = ()
     stores: tuple[Store, ...] = ()
     keep_compiled: bool = True
+    overwrite: bool = False
     dry: bool = False
 
     def as_dry_run(self, steps: int, logdir: pathlib.Path) -> "Request":

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import pathlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,6 +68,8 @@ class Run:
         shown: whether the user may hold it, so that a step must not take its buffers.
         place: where the source stood in the process that the run is taken up from, None where nothing is known.
         behind: whether logs and history hold more than the step at which the run stands.
+        has_folder: whether it has begun to log to the trainer's folder.
+        restored_from: the folder of checkpoints that `restore` took its state from, None where it did not.
     """
 
     _ongoing: Ongoing | None = None
@@ -75,7 +78,8 @@ class Run:
         self.history, self.position, self.fits = History(), Position(), 0
         self.data: Any = None
         self.state: TrainState | None = None
-        self.shown = self.behind = False
+        self.shown = self.behind = self.has_folder = False
+        self.restored_from: pathlib.Path | None = None
         self._identity = object()
         self.place: Mapping[str, Any] | None = None
         self._catching_up = True
@@ -208,6 +212,7 @@ class Run:
     def become(self, state: TrainState, *, shown: bool) -> None:
         """Stands at a state that no fit of this run came to: another run, for which callbacks begin afresh."""
         self.state, self.shown, self.behind, self._identity = state, shown, False, object()
+        self.restored_from = None
 
     def adopt(self, callbacks: Sequence[Callback]) -> None:
         """Has callbacks that served another run begin afresh; the others go on."""
@@ -317,5 +322,6 @@ def restore(
     run.become(state, shown=False)
     run.set_to(load_saved(store, number))
     run.forget_data()
+    run.restored_from = store.folder
     names = tuple(name for name, _ in named_leaves(state))
     return Restored(str(store.folder / str(number)), number, names)

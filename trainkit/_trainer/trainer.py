@@ -77,7 +77,8 @@ class Trainer(Asking):
             scheduler. The environment variable `TRAINKIT_CPU_SETTINGS=0` turns it off as well.
         keep_compiled: keep compiled programs in `logdir`, so that the same command started again does not wait
             for the compiler; a cache that JAX was already given is used instead.
-
+        overwrite: a `logdir` that holds another run is refused; True removes that run when the first fit begins: the
+            files that trainkit wrote there, in the folders of its `Checkpoint`s too, and nothing else.
         interrupt: what follows when Ctrl-C has ended a fit and all is saved and closed: "return" the result, or
             "raise" KeyboardInterrupt, with the result as its `.result`, so that a loop over trainers ends.
         dry_run: int >= 1: every fit runs so many steps, evaluations of as many batches, and at its last step every
@@ -116,6 +117,7 @@ class Trainer(Asking):
         steps_per_call: int | Literal["auto"] = "auto",
         cpu_settings: bool = True,
         keep_compiled: bool = True,
+        overwrite: bool = False,
         interrupt: Literal["return", "raise"] = "return",
         dry_run: int | None = None,
     ) -> None:
@@ -131,7 +133,7 @@ class Trainer(Asking):
         self._logdir = None if logdir is None else local_folder(logdir)
         self._writers = tuple(writers)
         self._run = Run()
-        self._keep_compiled = keep_compiled
+        self._keep_compiled, self._overwrite = keep_compiled, overwrite
         self._cpu_settings = cpu_settings and switched_on()
         self._interrupt, self._dry_run = check_interrupt(interrupt), check_dry_run(dry_run)
         # A dry run measures nothing, and leaves nothing of what it measured.
@@ -200,7 +202,8 @@ class Trainer(Asking):
             KeyboardInterrupt: Ctrl-C ended the fit, and the trainer has `interrupt="raise"`; with `.result`.
             RuntimeError: a fit of this trainer runs, in this thread or another.
             ValueError: not exactly one of `epochs` and `steps`; bad data; a loss that returns the wrong thing; a
-                checkpoint of another model; `resume` without a `Checkpoint`; another run writes to `logdir`.
+                checkpoint of another model; `resume` without a `Checkpoint`, or with `overwrite`; `logdir` holds
+                another run, or another writes to it.
             OSError: `logdir` can't be made or written to, or a checkpoint could not be saved.
         """
         self._run.refuse_in_fit("fit", FIT_INSTEAD)
@@ -209,6 +212,10 @@ class Trainer(Asking):
             as_cadence(eval_every, "eval_every")
         source = limited(self._source_of(data), limit)
         evaluations = eval_sources(eval_data, units=self.batch_axis is None)
+        if resume and self._overwrite:
+            raise ValueError(
+                "resume=True and Trainer(overwrite=True): a run is gone on with or started over. Leave one of them out."
+            )
         stores = self._checkpoints() if resume else []
         source = self._run.aim_at(data, source)
         request = Request(
@@ -225,6 +232,7 @@ class Trainer(Asking):
             writers=self._writers,
             stores=tuple(stores),
             keep_compiled=self._keep_compiled,
+            overwrite=self._overwrite,
         )
         if self._cpu_settings:
             set_up_cpu(self._engine.steps, lambda: first_spec(source))

@@ -12,7 +12,7 @@ from trainkit._core.cadence import Cadence, Every, as_cadence
 from trainkit.callbacks._callback import Action, Callback, Phase, Save
 from trainkit.callbacks._info import Info
 from trainkit.callbacks._monitor import check_count
-from trainkit.checkpoint._retention import Best
+from trainkit.checkpoint._retention import Best, Retention
 from trainkit.checkpoint._store import FOLDER, Contents, Store
 
 MakeContents = Callable[[Mapping[str, Any]], Contents]
@@ -62,7 +62,8 @@ class Checkpoint(Callback):
         self.every = as_cadence(every, "every")
         if keep is not None:
             check_count("Checkpoint", "keep", keep, least=1, why="the newest one is what a resumed run needs")
-        self._keep, self._best = keep, None if best is None else _as_best(best)
+        self._best = None if best is None else _as_best(best)
+        self._retention = Retention(keep, self._best)
         self._folder = None if folder is None else pathlib.Path(folder)
         self._metadata = dict(metadata or {})
         _check_json(self._metadata)
@@ -129,7 +130,7 @@ class Checkpoint(Callback):
         if store is not None:
             try:
                 store.wait()
-                store.retain(self._keep, self._best)
+                store.retain(self._retention)
             finally:
                 store.close()
 
@@ -142,11 +143,9 @@ class Checkpoint(Callback):
         """
         store = self.store
         scores = self._scores[1] if self._scores[0] == step else {}
-        # The save before this one is complete now, so that older ones may go.
         store.wait()
-        store.retain(self._keep, self._best)
         if step not in store.steps():
-            store.save(step, make(self._labels(scores)))
+            store.save(step, make(self._labels(scores)), self._retention)
         elif scores:
             store.add_scores(step, scores)
 

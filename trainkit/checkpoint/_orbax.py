@@ -1,9 +1,10 @@
 """Orbax, as the checkpoints use it. Owns the calls; not what is saved, nor when. Imported at the first use."""
 
-import concurrent.futures
 import contextlib
 import json
+import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,16 +22,18 @@ class _Handler(ocp.CompositeCheckpointHandler):
     Attributes:
         documents: JSON to write beside the items, by name of the file. An item of Orbax for each would start
             threads while training waits; this is done in the background, by the first process.
+        items: names of Orbax's items.
     """
 
     documents: Mapping[str, Any]
+    items: tuple[str, ...]
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
         folder = pathlib.Path(directory)
         for name, document in self.documents.items():
             (folder / name).write_text(json.dumps(document), encoding="utf-8")
-        write_manifest(folder)
+        write_manifest(folder, items=self.items, documents=tuple(self.documents))
 
 
 @ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
@@ -44,6 +47,7 @@ class AsyncWriter:
     def __init__(self) -> None:
         self._handler = _Handler()
         self._checkpointer = ocp.AsyncCheckpointer(self._handler)
+        self._under_safe_names = contextlib.ExitStack()
 
     def save(self, folder: pathlib.Path, trees: Mapping[str, PyTree], documents: Mapping[str, Any]) -> None:
         """Begins to write; returns when the arrays of `trees` may change.
@@ -53,16 +57,20 @@ class AsyncWriter:
             trees: nested dicts of arrays, by item.
             documents: JSON, by name of the file.
         """
-        self._handler.documents = documents
+        self._handler.documents, self._handler.items = documents, tuple(trees)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-        self._checkpointer.save(folder, args=_Args(**items))
+        safe = self._under_safe_names.enter_context(_under_safe_name(folder))
+        self._checkpointer.save(safe, args=_Args(**items))
 
     def wait(self) -> None:
-        """Returns when all is written; raises what went wrong."""
-        # Not from this thread: Python takes a thread for ended when a Ctrl-C breaks off the wait for it, and what
-        # it was writing would be lost. A Ctrl-C is raised here when all is written.
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            pool.submit(self._checkpointer.wait_until_finished).result()
+        """Returns when all is written; raises what went wrong. Not for the main thread.
+
+        Python takes a thread for ended when a Ctrl-C breaks off the wait for it, and what it was writing would be lost.
+        """
+        try:
+            self._checkpointer.wait_until_finished()
+        finally:
+            self._under_safe_names.close()
 
     def close(self) -> None:
         """Gives up the threads."""
@@ -81,8 +89,35 @@ def read(folder: pathlib.Path, item: str, target: PyTree) -> Any:
     args = ocp.args.PyTreeRestore(
         item=target, restore_args=jax.tree.map(_restore_args, target), partial_restore=True
     )
-    with _reader() as reader:
-        return reader.restore(folder / item, args=args)
+    with _under_safe_name(folder) as safe, _reader() as reader:
+        return reader.restore(safe / item, args=args)
+
+
+_PATTERN = re.compile(r"[*?\[\]{}\\]")
+_DESCRIPTORS = pathlib.Path("/proc/self/fd")
+
+
+def can_write_below(folder: pathlib.Path, processes: int) -> bool:
+    """Says whether Orbax can write below a folder.
+
+    Args:
+        folder: absolute.
+        processes: how many write together; each knows a descriptor under a number of its own.
+    """
+    return not _PATTERN.search(str(folder)) or (_DESCRIPTORS.is_dir() and processes == 1)
+
+
+@contextlib.contextmanager
+def _under_safe_name(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a name of a folder, whose parent exists, that Orbax does not take for a pattern: it would find nothing."""
+    if not (_PATTERN.search(str(folder)) and _DESCRIPTORS.is_dir()):
+        yield folder
+        return
+    descriptor = os.open(folder.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield _DESCRIPTORS / str(descriptor) / folder.name
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,7 @@ import os
 import pathlib
 from typing import Any
 
-from trainkit.checkpoint._manifest import problems
-from trainkit.checkpoint._store import FOLDER, complete_steps, read_meta
+from trainkit.checkpoint._store import FOLDER, META, complete_steps, problems_of, read_meta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,7 @@ def verify(path: str | os.PathLike[str]) -> list[CheckpointInfo]:
     """
     folder = _folder(path)
     return [
-        dataclasses.replace(info, problems=tuple(problems(folder / str(info.step))))
+        dataclasses.replace(info, problems=tuple(problems_of(folder, info.step)))
         for info in list_checkpoints(folder)
     ]
 
@@ -71,11 +70,11 @@ def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 def _info(folder: pathlib.Path, step: int) -> CheckpointInfo:
     path = folder / str(step)
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
     try:
         meta = read_meta(folder, step)
-    except (OSError, ValueError) as error:
-        when = datetime.datetime.fromtimestamp(path.stat().st_mtime).astimezone()
-        return CheckpointInfo(step, path, when, size, {}, {}, (f"meta: cannot be read ({error})",))
-    when = datetime.datetime.fromtimestamp(meta["time"]).astimezone()
-    return CheckpointInfo(step, path, when, size, meta["scores"], meta["metadata"])
+        when = datetime.datetime.fromtimestamp(meta["time"]).astimezone()
+        return CheckpointInfo(step, path, when, size, meta["scores"], dict(meta["metadata"]))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        when = datetime.datetime.fromtimestamp(path.lstat().st_mtime).astimezone()
+        return CheckpointInfo(step, path, when, size, {}, {}, (f"{META}: cannot be read ({error})",))

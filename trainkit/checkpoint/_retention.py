@@ -35,16 +35,26 @@ def best_step(scores: Mapping[int, Mapping[str, float]], best: Best) -> int | No
     return min(ranked)[1] if ranked else None
 
 
-def kept_steps(scores: Mapping[int, Mapping[str, float]], keep: int | None, best: Best | None) -> set[int]:
-    """Returns the steps whose checkpoints stay: the `keep` newest (None: all) and the best.
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest and the best.
 
-    Args:
-        scores: of every complete checkpoint, by step.
-        keep: int >= 1.
+    Attributes:
+        keep: int >= 1, how many of the newest; None for all.
         best: by what one more is kept.
     """
-    steps = sorted(scores)
-    kept = set(steps if keep is None else steps[-keep:])
-    if best is not None and (step := best_step(scores, best)) is not None:
-        kept.add(step)
-    return kept
+
+    keep: int | None = None
+    best: Best | None = None
+
+    def kept(self, scores: Mapping[int, Mapping[str, float]]) -> set[int]:
+        """Returns the steps of those that stay.
+
+        Args:
+            scores: of every complete checkpoint, by step.
+        """
+        steps = sorted(scores)
+        kept = set(steps if self.keep is None else steps[-self.keep :])
+        if self.best is not None and (step := best_step(scores, self.best)) is not None:
+            kept.add(step)
+        return kept

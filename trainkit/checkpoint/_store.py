@@ -5,17 +5,15 @@ checkpoint means is its maker's affair. Layout: `<folder>/<step>/` with Orbax's 
 (arrays of callbacks, where there are any), `meta.json`, `host.json`, and the list of files.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
 import json
-import logging
 import os
 import pathlib
 import re
-import shutil
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +21,11 @@ import jax
 import numpy as np
 
 from trainkit._core.atomic import write_atomic
+from trainkit._core.files import check_regular, remove
 from trainkit._core.tree import flat, nested
 from trainkit.checkpoint._manifest import NAME as MANIFEST
-from trainkit.checkpoint._manifest import problems
-from trainkit.checkpoint._retention import Best, best_step, kept_steps
+from trainkit.checkpoint._manifest import listed, problems, read_json
+from trainkit.checkpoint._retention import Best, Retention, best_step
 
 if TYPE_CHECKING:
     from trainkit.checkpoint._orbax import AsyncWriter
@@ -34,14 +33,16 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"
 """Name of the folder within a run's `logdir`."""
 
-_LOG = logging.getLogger("trainkit")
+_STATE, _EXTRA = "state", "extra"
 _REMOVED = ".removed"
 _DAMAGED = ".damaged"
 _SCORES = "scores.json"
 _HOST = "host.json"
 META = "meta.json"
 """Name of the small document in the folder of each checkpoint."""
-_LEFT_BEHIND = re.compile(rf"\d+({re.escape(_REMOVED)}|\.orbax-checkpoint-tmp.*)")
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_LEFT_BEHIND = re.compile(rf"\d+({re.escape(_REMOVED)}|{re.escape(_TEMPORARY)}.*)")
+_SET_ASIDE = re.compile(rf"\d+{re.escape(_DAMAGED)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Contents:
 class Store:
     """The checkpoints of one folder.
 
-    Of several processes all make one and call `save`, `load` and `wait` alike; the first alone removes.
+    Of several processes all make one and call `save`, `load` and `wait` alike; the first alone removes. While a save
+    runs, the thread that ends it has the folder: call `wait` before anything else.
 
     Args:
         folder: where they are; made where something is saved.
@@ -74,9 +76,9 @@ class Store:
         self.folder = folder.absolute()
         self._first = jax.process_index() == 0
         self._writer: AsyncWriter | None = None
-        self._saving: int | None = None
+        self._ends = concurrent.futures.ThreadPoolExecutor(1, "trainkit-save")
+        self._saving: concurrent.futures.Future[None] | None = None
         self._scores: dict[int, dict[str, float]] = {}  # read once
-        self._removing: list[threading.Thread] = []
 
     # What there is --------------------------------------------------------------------------------------------
 
@@ -105,11 +107,11 @@ class Store:
 
     def problems(self, step: int) -> list[str]:
         """Returns what is wrong with a checkpoint, one line each."""
-        return problems(self.folder / str(step))
+        return problems_of(self.folder, step)
 
     # Saving ---------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, contents: Contents) -> None:
+    def save(self, step: int, contents: Contents, retention: Retention | None = None) -> None:
         """Begins to save; returns when the arrays may change, before the files are there.
 
         Waits for an earlier save that still runs.
@@ -117,48 +119,73 @@ class Store:
         Args:
             step: updates completed; no checkpoint of it exists.
             contents: what to save.
+            retention: what else is removed once it is complete; None removes nothing.
 
         Raises:
             OSError: this or the save before it could not be written; older checkpoints are whole.
         """
         self.wait()
-        trees: dict[str, Any] = {"state": nested(contents.state)}
+        trees: dict[str, Any] = {_STATE: nested(contents.state)}
         if contents.extra:
-            trees["extra"] = dict(contents.extra)
+            trees[_EXTRA] = dict(contents.extra)
         extra = {name: [str(array.dtype), list(array.shape)] for name, array in contents.extra.items()}
         documents = {META: contents.meta, _HOST: {"values": contents.host, "extra": extra}}
         with self._explaining(step):
-            if (
-                self.folder / str(step)
-            ).exists():  # the rest of one, e.g. of a removal by hand that was broken off
+            path = self.folder / str(step)
+            if path.exists() or path.is_symlink():  # the rest of one, e.g. of a removal that was broken off
                 self.set_aside(step)
-            self._open_writer().save(self.folder / str(step), trees, documents)
-        self._saving = step
+            self._try_to_begin(step)
+            self._open_writer().save(path, trees, documents)
+        self._saving = self._ends.submit(self._end, step, retention)
+
+    def _try_to_begin(self, step: int) -> None:
+        # Orbax, refused the folders it makes in a thread, has its other threads wait for them for five minutes.
+        if self._first:
+            probe = self.folder / f"{step}{_TEMPORARY}-probe"
+            try:
+                (probe / "item").mkdir(parents=True)
+                (probe / "item" / "file").touch()
+            finally:
+                with contextlib.suppress(OSError):
+                    remove(probe)
+
+    def _end(self, step: int, retention: Retention | None) -> None:
+        assert self._writer is not None
+        with self._explaining(step):
+            self._writer.wait()
+        if retention is not None:
+            self.retain(retention)
 
     def wait(self) -> None:
-        """Returns when the running save is complete, durable to a SIGKILL.
+        """Returns when the running save is complete, durable to a SIGKILL, and what it replaces is removed.
 
         Raises:
             OSError: it could not be written.
         """
-        step, self._saving = self._saving, None
-        if step is not None and self._writer is not None:
-            with self._explaining(step):
-                self._writer.wait()
+        if self._saving is None:
+            return
+        try:
+            self._saving.result()
+        finally:
+            # A Ctrl-C is raised when all is written.
+            concurrent.futures.wait([self._saving])
+            self._saving = None
 
     def add_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Notes metrics of a checkpoint that were not known when it was saved."""
         self.wait()
         self._scores.pop(step, None)
-        if self._first and scores and (self.folder / str(step)).is_dir():
-            write_atomic(self.folder / str(step) / _SCORES, json.dumps(dict(scores)).encode())
+        path = self.folder / str(step)
+        if self._first and scores and path.is_dir() and not path.is_symlink():
+            check_regular(path / _SCORES, missing_ok=True)
+            write_atomic(path / _SCORES, json.dumps(dict(scores)).encode())
 
-    def retain(self, keep: int | None, best: Best | None) -> None:
-        """Removes all complete checkpoints but the `keep` newest (None: all) and the best one."""
+    def retain(self, retention: Retention) -> None:
+        """Removes the complete checkpoints that `retention` does not keep."""
         if not self._first:
             return
         scores = self.scores()
-        for step in sorted(scores.keys() - kept_steps(scores, keep, best)):
+        for step in sorted(scores.keys() - retention.kept(scores)):
             self._remove(self.folder / str(step))
 
     def remove(self, step: int) -> None:
@@ -184,6 +211,14 @@ class Store:
                 f"checkpoints need a folder that can be created and written to ({error.strerror}); give another",
                 str(self.folder),
             ) from error
+        from trainkit.checkpoint._orbax import can_write_below
+
+        if not can_write_below(self.folder, jax.process_count()):
+            raise OSError(
+                errno.EINVAL,
+                "checkpoints can't be written here below a name with any of * ? [ ] { } \\ in it; give another",
+                str(self.folder),
+            )
 
     def clean(self) -> None:
         """Removes what a killed process left half done."""
@@ -191,15 +226,30 @@ class Store:
             for path in self.folder.iterdir():
                 # Others may keep things of their own in the folder.
                 if _LEFT_BEHIND.fullmatch(path.name):
-                    shutil.rmtree(path, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        remove(path)
+
+    def clear(self) -> None:
+        """Removes every file that was written here, and the folders that are empty then; leaves what others put in.
+
+        Raises:
+            OSError: the system refused it.
+        """
+        if not (self._first and self.folder.is_dir()):
+            return
+        self.clean()
+        for path in list(self.folder.iterdir()):
+            if _SET_ASIDE.fullmatch(path.name) or _is_checkpoint(path):
+                _clear(path)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def set_aside(self, step: int) -> None:
         """Renames a damaged checkpoint, so that its step can be saved again."""
         if self._first:
             path = self.folder / str(step)
             target = path.with_name(f"{step}{_DAMAGED}")
-            if target.exists():
-                shutil.rmtree(target)
+            remove(target)
             os.rename(path, target)
 
     def close(self) -> None:
@@ -210,15 +260,13 @@ class Store:
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
-            for thread in self._removing:
-                thread.join()
 
     # Loading --------------------------------------------------------------------------------------------------
 
     def load_host(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Returns the `host` of a checkpoint, and its `extra` as NumPy arrays."""
         folder = self.folder / str(step)
-        host = json.loads((folder / _HOST).read_bytes())
+        host = read_host(self.folder, step)
         if not host["extra"]:
             return host["values"], {}
         from trainkit.checkpoint._orbax import read
@@ -226,7 +274,7 @@ class Store:
         target = {
             name: np.empty(shape, jax.numpy.dtype(dtype)) for name, (dtype, shape) in host["extra"].items()
         }
-        return host["values"], read(folder, "extra", target)
+        return host["values"], read(folder, _EXTRA, target)
 
     def load_state(self, step: int, target: Mapping[str, Any]) -> dict[str, Any]:
         """Returns arrays of a checkpoint.
@@ -238,7 +286,7 @@ class Store:
         """
         from trainkit.checkpoint._orbax import read
 
-        return flat(read(self.folder / str(step), "state", nested(target)))
+        return flat(read(self.folder / str(step), _STATE, nested(target)))
 
     # ----------------------------------------------------------------------------------------------------------
 
@@ -255,7 +303,6 @@ class Store:
         try:
             yield
         except Exception as error:
-            self._saving = None
             whole = [known for known in self.steps() if known != step]
             newest = f"The newest complete one is of step {whole[-1]}." if whole else "There is no older one."
             raise OSError(
@@ -268,11 +315,10 @@ class Store:
     def _remove(self, path: pathlib.Path) -> None:
         # Renamed first: a checkpoint is there as a whole or not at all.
         removed = path.with_name(path.name + _REMOVED)
+        remove(removed)
         os.rename(path, removed)
-        # Deleting takes longer than it takes to begin a save, and nobody waits for it.
-        thread = threading.Thread(target=shutil.rmtree, args=(removed, True), name="trainkit-remove")
-        thread.start()
-        self._removing = [one for one in self._removing if one.is_alive()] + [thread]
+        with contextlib.suppress(OSError):  # the next fit tries again
+            remove(removed)
 
 
 def complete_steps(folder: pathlib.Path) -> list[int]:
@@ -288,18 +334,83 @@ def _is_checkpoint(path: pathlib.Path) -> bool:
     return named and any((path / ours).exists() for ours in (META, _HOST, MANIFEST))
 
 
-def read_meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
-    """Returns the `meta` of a checkpoint, with the scores that came later."""
+def problems_of(folder: pathlib.Path, step: int) -> list[str]:
+    """Returns what is wrong with a checkpoint, one line each."""
     path = folder / str(step)
-    meta = json.loads((path / META).read_bytes())
+    if path.is_symlink():
+        return ["it is a symbolic link"]
+    found = problems(path, items=(_STATE,), documents=(META, _HOST))
+    if found:
+        return found
+    try:
+        read_meta(folder, step)
+        extra = read_host(folder, step)["extra"]
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    return problems(path, items=(_EXTRA,)) if extra and not (path / _EXTRA).is_dir() else []
+
+
+def read_meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
+    """Returns the `meta` of a checkpoint, with the scores that came later.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not as it was written.
+    """
+    path = folder / str(step)
+    meta = read_json(path, META)
+    if not _are_scores(meta.get("scores")):
+        raise ValueError(f"{META}: has no scores by name")
     # Unreadable, they are no reason to refuse the checkpoint: nothing that is trained depends on them.
     with contextlib.suppress(OSError, ValueError):
-        meta["scores"] = {**meta["scores"], **json.loads((path / _SCORES).read_bytes())}
+        later = read_json(path, _SCORES)
+        meta["scores"] = {**meta["scores"], **(later if _are_scores(later) else {})}
     return meta
+
+
+def read_host(folder: pathlib.Path, step: int) -> dict[str, Any]:
+    """Returns the `host` of a checkpoint as `values`, and its `extra` as dtypes and shapes; raises as `read_meta`."""
+    host = read_json(folder / str(step), _HOST)
+    if not isinstance(host.get("values"), dict) or not are_arrays(host.get("extra")):
+        raise ValueError(f"{_HOST}: has no values, or no arrays with a dtype and a shape each")
+    return host
+
+
+def are_arrays(specs: Any) -> bool:
+    """Says whether `specs` names arrays, with a dtype and a shape each, as JSON has them."""
+    return isinstance(specs, dict) and all(
+        isinstance(spec, list)
+        and len(spec) == 2
+        and isinstance(spec[0], str)
+        and isinstance(spec[1], list)
+        and all(type(size) is int and size >= 0 for size in spec[1])
+        for spec in specs.values()
+    )
+
+
+def _are_scores(scores: Any) -> bool:
+    return isinstance(scores, dict) and all(type(value) in (int, float) for value in scores.values())
 
 
 def _read_scores(folder: pathlib.Path, step: int) -> dict[str, float]:
     try:
         return read_meta(folder, step)["scores"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return {}
+
+
+def _clear(path: pathlib.Path) -> None:
+    """Removes what was written of a checkpoint, by its list; without one, what has a name of ours."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    ours = [path / name for name in listed(path)] or [path / _STATE, path / _EXTRA]
+    ours += [
+        path / name for name in (META, _HOST, _SCORES, MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")
+    ]
+    for one in ours:
+        # Nothing behind a link is ours.
+        if not any(parent.is_symlink() for parent in one.parents if parent.is_relative_to(path)):
+            remove(one)
+    for inner, _, _ in os.walk(path, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(inner)

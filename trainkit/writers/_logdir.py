@@ -11,6 +11,8 @@ import threading
 import weakref
 from collections.abc import Iterator
 
+from trainkit._core.files import open_regular, part
+
 _LOG = logging.getLogger("trainkit")
 _LOCK = ".trainkit.lock"
 
@@ -18,6 +20,19 @@ _owners: weakref.WeakValueDictionary[tuple[str, str], object] = weakref.WeakValu
 """The live writer of each folder and kind; one that is collected without `close` frees its folder."""
 
 _lock = threading.Lock()
+
+_locks: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+def _forget_locks() -> None:
+    # A lock belongs to the open file, which a forked child shares: it would outlive the run.
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def claim(logdir: str | os.PathLike[str], kind: str, owner: object) -> pathlib.Path:
@@ -66,36 +81,68 @@ def local_folder(logdir: str | os.PathLike[str]) -> pathlib.Path:
 
 @contextlib.contextmanager
 def locked(logdir: pathlib.Path | None) -> Iterator[None]:
-    """Keeps other processes from training into a folder; the lock ends with the process, however that ends.
+    """Keeps other runs from training into a folder; the lock ends with this process, however that ends.
 
     Args:
         logdir: the run's folder, made where it is missing; None locks nothing.
 
     Raises:
-        OSError: the folder cannot be made or written to.
-        ValueError: another process has it.
+        OSError: the folder cannot be made or written to, or the lock is no regular file.
+        ValueError: another run has it, in this process or another.
     """
     if logdir is None:
         yield
         return
     _check_writable(logdir)
-    with open(logdir / _LOCK, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(
-                f"logdir={os.fspath(logdir)!r} is being written to by another run ({file.read().strip()}). Give "
-                "this one another folder, or wait for that to end."
-            ) from None
-        except OSError as error:  # some network file systems know no locks
-            _LOG.warning(
-                "logdir %s cannot be locked (%s): see to it that one run writes there.", logdir, error
-            )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    descriptor = _lock_file(logdir)
+    _locks.add(descriptor)
+    try:
+        # Who has it is for people to read; a full disk is no reason not to train.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
+    finally:
+        if descriptor in _locks:  # not in a child that was forked meanwhile
+            _locks.discard(descriptor)
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+
+def _lock_file(logdir: pathlib.Path) -> int:
+    """Returns the descriptor of the lock, which this process then has."""
+    path = logdir / _LOCK
+    while True:
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT, parted=False)
+        try:
+            _take(descriptor, logdir)
+            status = os.fstat(descriptor)
+            if status.st_nlink == 1 and os.path.samestat(status, os.stat(path, follow_symlinks=False)):
+                return descriptor
+            # The file has other names, as in a copy made of hard links, which nothing is to be written to; or it was
+            # replaced meanwhile.
+            if status.st_nlink > 1:
+                part(path)
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _take(descriptor: int, logdir: pathlib.Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        who = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        raise ValueError(
+            f"logdir={os.fspath(logdir)!r} is being written to by another run ({who}). Give this one another folder, "
+            "or wait for that to end."
+        ) from None
+    except OSError as error:  # some network file systems know no locks
+        _LOG.warning("logdir %s cannot be locked (%s): see to it that one run writes there.", logdir, error)
 
 
 def release(logdir: str | os.PathLike[str], kind: str, owner: object) -> None:
