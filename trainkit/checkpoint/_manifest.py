@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import zlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainkit._core.files import open_regular, read_regular
@@ -67,12 +68,8 @@ def problems(
     except (OSError, ValueError) as error:
         return [str(error)]
     missing = [f"{name}: is not listed" for name in sorted(_required(items, documents) - entries.keys())]
-    # Checksums are computed without Python's lock: files are read side by side.
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _problem(folder, name, entries[name]), entries)
-        return missing + [
-            f"{name}: {problem}" for name, problem in zip(entries, found, strict=True) if problem
-        ]
+    found = _side_by_side(lambda name: _problem(folder, name, entries[name]), entries)
+    return missing + [f"{name}: {problem}" for name, problem in zip(entries, found, strict=True) if problem]
 
 
 def read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
@@ -106,6 +103,18 @@ def listed(folder: pathlib.Path) -> list[str]:
     return [name for name in entries if _is_inside(name)]
 
 
+def _side_by_side(look: Callable[[str], str | None], entries: Mapping[str, Any]) -> list[str | None]:
+    # Checksums are computed without Python's lock; small files take less than the threads.
+    if sum(entry[0] for entry in entries.values() if _is_entry(entry)) < _CHUNK:
+        return [look(name) for name in entries]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(look, entries))
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and all(type(number) is int for number in entry)
+
+
 def _required(items: tuple[str, ...], documents: tuple[str, ...]) -> set[str]:
     return {f"{item}/{name}" for item in items for name in _ITEM} | set(documents)
 
@@ -118,7 +127,7 @@ def _is_inside(name: str) -> bool:
 def _problem(folder: pathlib.Path, name: str, entry: Any) -> str | None:
     if not _is_inside(name):
         return "is no file of this folder"
-    if not (isinstance(entry, list) and len(entry) == 2 and all(type(number) is int for number in entry)):
+    if not _is_entry(entry):
         return "its size and checksum are not listed as two numbers"
     size, checksum = entry
     try:

@@ -143,11 +143,10 @@ class Store:
         if self._first:
             probe = self.folder / f"{step}{_TEMPORARY}-probe"
             try:
-                (probe / "item").mkdir(parents=True)
-                (probe / "item" / "file").touch()
+                os.makedirs(probe / "item", exist_ok=True)
+                (probe / "file").touch()
             finally:
-                with contextlib.suppress(OSError):
-                    remove(probe)
+                self._ends.submit(remove, probe)
 
     def _end(self, step: int, retention: Retention | None) -> None:
         assert self._writer is not None
@@ -157,7 +156,7 @@ class Store:
             self.retain(retention)
 
     def wait(self) -> None:
-        """Returns when the running save is complete, durable to a SIGKILL, and what it replaces is removed.
+        """Returns when the running save is complete, durable to a SIGKILL, and what it replaces no checkpoint any more.
 
         Raises:
             OSError: it could not be written.
@@ -260,6 +259,7 @@ class Store:
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
+            self._ends.shutdown()
 
     # Loading --------------------------------------------------------------------------------------------------
 
@@ -317,8 +317,8 @@ class Store:
         removed = path.with_name(path.name + _REMOVED)
         remove(removed)
         os.rename(path, removed)
-        with contextlib.suppress(OSError):  # the next fit tries again
-            remove(removed)
+        # Deleting takes longer than it takes to begin a save, and nobody waits for it; `clean` makes up for a failure.
+        self._ends.submit(remove, removed)
 
 
 def complete_steps(folder: pathlib.Path) -> list[int]:
