@@ -1,5 +1,9 @@
 """Every file of a checkpoint is known with its size and content."""
 
+import json
+import os
+import stat
+
 import pytest
 
 from tests.helpers.runs import flip
@@ -74,3 +78,69 @@ def test_a_folder_in_the_place_of_a_file(folder):
     (folder / "a").unlink()
     (folder / "a").mkdir()
     assert [line.split(":")[0] for line in problems(folder)] == ["a"]
+
+
+def listing(folder, change):
+    entries = json.loads((folder / NAME).read_text())
+    change(entries)
+    (folder / NAME).write_text(json.dumps(entries))
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/hostname", "deep/../../outside", "", ".", "deep//er", "a\0b", "/dev/zero"]
+)
+def test_names_that_lead_elsewhere_are_not_read(folder, name, tmp_path):
+    (tmp_path.parent / "outside").write_bytes(b"abc")
+    listing(folder, lambda entries: entries.update({name: [3, 891568578]}))
+    assert problems(folder) == [f"{name}: is no file of this folder"]
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (os.mkfifo, "a pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "a symbolic link"),
+        (lambda path: path.symlink_to(path.with_name("empty")), "a symbolic link"),
+        (lambda path: os.mknod(path, stat.S_IFCHR, os.makedev(1, 5)), "a device"),
+    ],
+)
+def test_what_is_no_regular_file_is_not_opened(folder, make, kind):
+    (folder / "a").unlink()
+    try:
+        make(folder / "a")
+    except PermissionError:
+        pytest.skip("needs the right to make devices")
+    (line,) = problems(folder)
+    assert line.startswith("a: cannot be read (")
+    assert kind in line
+
+
+def test_files_behind_a_link_are_not_read(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "deep"
+    (folder / "deep").rename(elsewhere)
+    (folder / "deep").symlink_to(elsewhere)
+    assert problems(folder) == ["deep/er/large: lies behind a symbolic link"]
+
+
+@pytest.mark.parametrize(
+    "entry", [None, 3, [3], ["3", "4"], [3, 4, 5], {"size": 3}, [True, False], [3.0, 4.0]]
+)
+def test_entries_of_another_form_are_damage(folder, entry):
+    listing(folder, lambda entries: entries.update(a=entry))
+    assert problems(folder) == ["a: its size and checksum are not listed as two numbers"]
+
+
+def test_what_a_checkpoint_is_read_by_must_be_listed(folder):
+    listing(folder, dict.clear)
+    found = problems(folder, items=("state",), documents=("meta.json",))
+    assert found == [
+        f"{name}: is not listed" for name in ("meta.json", "state/_METADATA", "state/manifest.ocdbt")
+    ]
+    with pytest.raises(FileNotFoundError, match=r"meta\.json"):
+        write_manifest(folder, documents=("meta.json",))
+
+
+def test_a_list_nested_deep_is_damage(folder):
+    (folder / NAME).write_text('{"a":' * 50_000 + "1" + "}" * 50_000)
+    (line,) = problems(folder)
+    assert line.startswith(f"{NAME}: cannot be read (")
