@@ -1,5 +1,6 @@
 """Several steps in one call: the same numbers, the same hooks at the same steps, whatever the calls."""
 
+import itertools
 import os
 import signal
 import threading
@@ -399,10 +400,56 @@ def test_remembered_choices(tmp_path):
     assert kept.load() == SCANNED
     assert Remembered(tmp_path, "another", "cpu").load() is None
     (file,) = tmp_path.iterdir()
-    for broken in ("", "[]", '{"choice": "scanned many"}', '{"choice": 3}'):
+    for broken in ("", "[]", '{"choice": "scanned many"}', '{"choice": 3}', "[" * 50_000, " " * 10**6 + "{}"):
         file.write_text(broken)
         assert kept.load() is None
+    file.unlink()
+    os.mkfifo(file)
+    assert kept.load() is None
     Remembered(None, "program").store(SCANNED, {})
+
+
+def test_what_was_read_is_taken_only_where_it_might_have_been_measured():
+    def taken(text, size=1000, platform="cpu", convolves=False, cpu_settings=True):
+        found = Choice.recall(text)
+        return found is not None and tuning.is_candidate(
+            found, size, platform, convolves=convolves, cpu_settings=cpu_settings
+        )
+
+    assert all(map(taken, ("single", "scanned 50", "scanned 7 memory", "unrolled 4", "single memory")))
+    assert not taken("scanned 51")
+    assert not taken("unrolled 5")
+    assert not taken("scanned 2", convolves=True)
+    assert not taken("scanned 17", size=2**20)
+    assert taken("scanned 16", size=2**20)
+    assert taken("single", size=2**40)
+    assert not taken("single memory", cpu_settings=False)
+    assert taken("scanned 50", platform="gpu", convolves=True)
+    assert not taken("unrolled 2", platform="gpu")
+    # Whatever may be measured may be taken up.
+    for seconds, size in itertools.product((1e-5, 1e-3, 4e-3, 0.1, 3.0), (1, 2**20, 2**30)):
+        for case in itertools.product(("cpu", "gpu"), (False, True), (False, True)):
+            platform, options = case[0], dict(zip(("convolves", "cpu_settings"), case[1:], strict=True))
+            for choice in tuning.candidates(seconds, size, platform, **options):
+                assert tuning.is_candidate(choice, size, platform, **options)
+
+
+@pytest.mark.parametrize("text", ["unrolled 1000000", "scanned 1000000", "nonsense"])
+def test_an_absurd_number_of_steps_in_a_checkpoint_is_ignored(auto, sizes, text):
+    trainer = NetTrainer(Net(), optax.sgd(0.1))
+    begin = Calls.begin
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Calls, "begin", lambda self, given, *rest: begin(self, Choice.recall(text), *rest))
+        trainer.fit(batches(4), epochs=1)
+    assert set(sizes) == {1}
+
+
+@pytest.mark.parametrize("text", ["unrolled 1000000", "scanned 1000000"])
+def test_an_absurd_number_of_steps_that_is_remembered_is_ignored(auto, sizes, tmp_path, monkeypatch, text):
+    monkeypatch.setattr(Remembered, "load", lambda self: Choice.recall(text))
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    NetTrainer(Net(), optax.sgd(0.1)).fit(batches(4), epochs=1)
+    assert set(sizes) == {1}
 
 
 def test_a_choice_is_its_text():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -125,3 +126,72 @@ def test_what_cannot_be_kept_is_refused_by_its_place(value, message):
 def test_a_dict_that_looks_like_ours_comes_back():
     value = {"__trainkit__": "tuple", "items": [1]}
     assert there_and_back({"mine": value})[0] == {"mine": value}
+
+
+def tagged(kind, **fields):
+    return {"__trainkit__": kind, **fields}
+
+
+def deep(levels):
+    value = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+WRONG = {
+    "unknown kind": tagged("pickle", data="gASV"),
+    "kind is a list": tagged(["array"]),
+    "kind is null": tagged(None),
+    "no shape": tagged("array", dtype="float32", data=""),
+    "no dtype": tagged("array", shape=[0], data=""),
+    "no data": tagged("array", dtype="float32", shape=[0]),
+    "data is a number": tagged("bytes", data=3),
+    "no base64": tagged("bytes", data="a\u00fc=="),
+    "base64 of another size": tagged("array", dtype="float32", shape=[2], data="AAAA"),
+    "a huge shape": tagged("array", dtype="float32", shape=[2**40], data="AAAA"),
+    "sizes that wrap around": tagged("array", dtype="float32", shape=[2**62, 4], data=""),
+    "a negative size": tagged("array", dtype="int8", shape=[-3], data="AAAA"),
+    "a size that is true": tagged("array", dtype="int8", shape=[True], data="AA=="),
+    "a size that is text": tagged("array", dtype="int8", shape=["3"], data="AAAA"),
+    "a shape that is a number": tagged("array", dtype="int8", shape=3, data="AAAA"),
+    "a million dimensions": tagged("array", dtype="int8", shape=[2**60] * 10**6, data="AAAA"),
+    "objects": tagged("array", dtype="object", shape=[1], data="AAAAAAAAAAA="),
+    "objects by letter": tagged("empty", dtype="O", shape=[0]),
+    "large elements": tagged("empty", dtype="1000000000f4", shape=[0]),
+    "a dtype of keys": tagged("empty", dtype="key<fry>", shape=[0]),
+    "empty and full": tagged("empty", dtype="float32", shape=[2**36]),
+    "empty and gigantic": tagged("empty", dtype="float32", shape=[0, 2**62]),
+    "an array that is not there": tagged("stored", name="7"),
+    "no name": tagged("stored"),
+    "a name that is a list": tagged("stored", name=[]),
+    "keys that are not there": tagged("key", name="7", impl="rbg"),
+    "another generator": tagged("key", name="0", impl="dice"),
+    "no generator": tagged("key", name="0"),
+    "no keys": tagged("key", name="1", impl="threefry2x32"),
+    "no items": tagged("tuple"),
+    "items of a tuple": tagged("tuple", items={"a": 1}),
+    "items of a dict": tagged("dict", items=[1]),
+    "deep": deep(200),
+    "deep tuples": tagged("tuple", items=[deep(120)]),
+    "deeper than Python goes": deep(50_000),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_was_not_encoded_is_refused(name):
+    stored = {"0": np.zeros(2, np.uint32), "1": np.zeros(3, np.float32)}
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"\w"):
+            decode({"callbacks": [WRONG[name]]}, stored)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_as_deep_as_may_be_is_a_rule_of_both_sides():
+    value = deep(100)
+    assert there_and_back(value)[0] == value
+    with pytest.raises(ValueError, match=r"nested more than 100 deep. Flatten it"):
+        encode(deep(101), {}, "value")

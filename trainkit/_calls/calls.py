@@ -1,13 +1,13 @@
 """The calls in which the training steps of a trainer are dispatched. Owns what a call is; not when one is due."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 
 from trainkit._calls.choice import SINGLE, Choice, Remembered, cache_folder
 from trainkit._calls.programs import Make, Programs, form_of, make_of
-from trainkit._calls.tuner import Tuner
+from trainkit._calls.tuner import Tuner, is_candidate
 from trainkit._core.typing import PyTree
 from trainkit._feed.feed import Fed
 from trainkit._feed.resident import NOTHING
@@ -154,8 +154,8 @@ class Calls:
     def _settle(self, tuner: Tuner) -> None:
         """Ends the measuring where the choice is given."""
         programs, steps, given = tuner.programs, self._settings.steps_per_call, self._given
-        if given is not None and programs.can_repeat:
-            if given != tuner.choice and not (given.kind == "scanned" and self._no_loop(programs)):
+        if programs.can_repeat and self._is_candidate(given, programs):
+            if given != tuner.choice:
                 tuner.settle(given)
         elif tuner.choice is not None:
             return
@@ -163,8 +163,19 @@ class Calls:
             tuner.settle(SINGLE)
         elif steps is not None:
             tuner.settle(Choice("unrolled" if self._no_loop(programs) else "scanned", steps))
-        elif tuner.remembered is not None and (choice := tuner.remembered.load()) is not None:
-            tuner.settle(choice)
+        elif tuner.remembered is not None:
+            remembered = tuner.remembered.load()
+            if self._is_candidate(remembered, programs):
+                tuner.settle(remembered)
+
+    def _is_candidate(self, choice: Choice | None, programs: Programs) -> TypeGuard[Choice]:
+        return choice is not None and is_candidate(
+            choice,
+            programs.bytes,
+            programs.platform,
+            convolves=programs.convolves,
+            cpu_settings=self._settings.cpu_settings,
+        )
 
     def _no_loop(self, programs: Programs) -> bool:
         return programs.platform == "cpu" and programs.convolves

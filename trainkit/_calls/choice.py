@@ -15,10 +15,12 @@ import jax
 import jaxlib.version
 
 from trainkit._core.atomic import write_atomic
+from trainkit._core.files import read_regular
 from trainkit._version import __version__
 
 KINDS = ("single", "unrolled", "scanned")
 SCHEDULERS = ("default", "memory")
+_MOST_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,14 @@ class Choice:
                 f"{text!r} is no choice; expected e.g. 'single', 'unrolled 4' or 'scanned 50 memory'."
             )
         return cls(kind, int(rest[0]) if rest else 1, scheduler)
+
+    @classmethod
+    def recall(cls, text: object) -> Self | None:
+        """Returns the choice whose `str` is `text`, as it was read from a file; None where there is none."""
+        try:
+            return cls.parse(text) if isinstance(text, str) else None
+        except ValueError:
+            return None
 
     def room(self, left: float, *, any_size: bool) -> int:
         """Returns how many steps the next call takes when `left` steps may run before the host has anything to do.
@@ -117,12 +127,13 @@ class Remembered:
 
     def load(self) -> Choice | None:
         """Returns the choice, None where there is none that can be read."""
-        if self._path is None or not self._path.is_file():
+        if self._path is None:
             return None
         try:
-            return Choice.parse(json.loads(self._path.read_text())["choice"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            kept = json.loads(read_regular(self._path, _MOST_BYTES))
+        except (OSError, ValueError, RecursionError):
             return None
+        return Choice.recall(kept.get("choice")) if isinstance(kept, dict) else None
 
     def store(self, choice: Choice, measured: dict[str, float]) -> None:
         """Keeps `choice`, with the microseconds a step that were measured; a folder that refuses is no error."""

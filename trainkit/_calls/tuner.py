@@ -23,6 +23,8 @@ _LOG = logging.getLogger("trainkit")
 _LONGEST_CALL = 0.5
 # The usual cadence of logs, so that a call ends where they are due.
 _MOST_STEPS = 50
+# Each of them is compiled.
+_MOST_UNROLLED = 4
 # Up to here a step is mostly its dispatch.
 _SMALL_STEP = 3e-3
 _WINDOW, _ROUNDS, _RACE = 0.01, 5, 1.0
@@ -47,12 +49,36 @@ def candidates(
         return []
     kinds = [Choice("scanned", most)]
     if platform == "cpu" and convolves:
-        kinds = [Choice("unrolled", min(most, 4))]
+        kinds = [Choice("unrolled", min(most, _MOST_UNROLLED))]
     elif platform == "cpu" and seconds > _SMALL_STEP:
-        kinds += [Choice("unrolled", min(most, 4))]
+        kinds += [Choice("unrolled", min(most, _MOST_UNROLLED))]
     if platform == "cpu" and cpu_settings and seconds <= _SMALL_STEP:
         kinds += [Choice(kinds[0].kind, kinds[0].size, "memory"), Choice(scheduler="memory")]
     return kinds
+
+
+def is_candidate(
+    choice: Choice, size_bytes: int, platform: str, *, convolves: bool, cpu_settings: bool
+) -> bool:
+    """Says whether a choice that was read from a file is one that `candidates` gives for some step, or single steps.
+
+    Another might take hours to compile, or more memory than there is.
+
+    Args:
+        choice: as it was read.
+        size_bytes: of one batch.
+        platform: of the devices.
+        convolves: whether the step has a convolution.
+        cpu_settings: whether XLA's scheduler may be chosen.
+    """
+    most = min(_MOST_STEPS, STACKED_BYTES // max(size_bytes, 1))
+    sizes = {
+        "single": 1,
+        "scanned": 0 if platform == "cpu" and convolves else most,
+        "unrolled": min(most, _MOST_UNROLLED) if platform == "cpu" else 0,
+    }
+    schedules = choice.scheduler == "default" or (platform == "cpu" and cpu_settings)
+    return choice.size <= sizes[choice.kind] and schedules
 
 
 class Tuner:

@@ -4,6 +4,7 @@ A run's folder may be copied, sent around and written to by others: what lies in
 ours.
 """
 
+import errno
 import os
 import pathlib
 import shutil
@@ -87,9 +88,22 @@ def check_regular(path: str | os.PathLike[str], *, missing_ok: bool = False) -> 
         raise NotRegular(path, _KINDS.get(kind, "something else"))
 
 
-def read_regular(path: str | os.PathLike[str]) -> bytes:
-    """Returns the content of a regular file; raises as `open_regular`."""
+def read_regular(path: str | os.PathLike[str], most: int | None = None) -> bytes:
+    """Returns the content of a regular file.
+
+    Args:
+        path: the file.
+        most: bytes that it may have; None for any number.
+
+    Raises:
+        OSError: as `open_regular`, or the file is larger.
+    """
     with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            raise OSError(
+                errno.EFBIG, f"has {size} bytes, where {most} at most are expected", os.fspath(path)
+            )
         return file.read()
 
 

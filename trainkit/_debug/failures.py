@@ -8,22 +8,25 @@ import contextlib
 import itertools
 import json
 import pathlib
-import shutil
 import time
+import zipfile
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trainkit._core.arrays import dtype_of
 from trainkit._core.errors import NonFiniteError
-from trainkit._core.files import remove
+from trainkit._core.files import make_folder, open_regular, read_regular, remove
 from trainkit._core.position import Position
 from trainkit._core.state import TrainState
 from trainkit._core.typing import Batch
 from trainkit._engine.engine import Engine
 from trainkit._feed.feed import Fed
 from trainkit._resume.restore import arrays_of
+from trainkit._resume.saved import meta_of
 from trainkit.checkpoint._encoding import decode, encode
 from trainkit.checkpoint._store import Contents, Store
 from trainkit.data._batch import unpad
@@ -106,44 +109,78 @@ def _keep(
         batches: of the step, on the host: several where gradients are accumulated.
         state: before the step; None where it is gone.
     """
+    logdir.mkdir(parents=True, exist_ok=True)
+    make_folder(logdir / _FOLDER)
     folder = logdir / _FOLDER / str(step)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    remove(folder)
+    make_folder(folder)
     arrays: dict[str, jax.Array | np.ndarray] = {}
     structure = encode(jax.tree.map(jnp.asarray, batches), arrays, "batches")
-    np.savez(
-        folder / _BATCHES, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()}
-    )
+    host = {name: np.asarray(array) for name, array in arrays.items()}
+    np.savez(folder / _BATCHES, allow_pickle=False, **host)
     about = {
         "step": step,
         "error": f"{type(error).__name__}: {error}",
         "time": time.time(),
         "batches": structure,
+        # NumPy's files do not know those that JAX adds.
+        "dtypes": {name: str(array.dtype) for name, array in host.items()},
     }
     (folder / _ABOUT).write_text(json.dumps(about))
     if state is not None:
         store = Store(folder / _STATE)
-        saved, spec = arrays_of(state)
-        meta = {
-            "step": step - 1,
-            "time": time.time(),
-            "scores": {},
-            "best": None,
-            "metadata": {},
-            "arrays": spec,
-        }
-        store.save(step - 1, Contents(saved, {}, meta, {}))
+        labels = {"scores": {}, "best": None, "metadata": {}}
+        store.save(step - 1, Contents(arrays_of(state)[0], {}, {**meta_of(state, step - 1), **labels}, {}))
         store.close()
 
 
 def kept_batches(logdir: pathlib.Path | None, step: int) -> list[Batch] | None:
-    """Returns the batches kept of a step, None where there are none."""
+    """Returns the batches kept of a step, None where there are none.
+
+    Raises:
+        ValueError, OSError: the files are not what was kept; the message names them.
+    """
     folder = None if logdir is None else logdir / _FOLDER / str(step)
     if folder is None or not (folder / _ABOUT).is_file():
         return None
-    about = json.loads((folder / _ABOUT).read_text())
-    with np.load(folder / _BATCHES) as arrays:
-        return decode(about["batches"], dict(arrays))
+    try:
+        about = json.loads(read_regular(folder / _ABOUT))
+        if not isinstance(about, dict) or not isinstance(about.get("dtypes"), dict):
+            raise ValueError("it lacks what was kept")
+        batches = decode(about.get("batches"), _arrays(folder / _BATCHES, about["dtypes"]))
+        if not isinstance(batches, list) or not batches:
+            raise ValueError("it holds no batches")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{folder / _ABOUT} and {_BATCHES} beside it are not what was kept of step {step}: {error}. Move the "
+            "folder away to replay the step from a checkpoint."
+        ) from error
+    return batches
+
+
+def _arrays(path: pathlib.Path, dtypes: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the arrays in a file that `_keep` wrote; raises ValueError for another, and OSError for none."""
+    with open(open_regular(path), "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+            # What is packed may be of any size once it is unpacked, and `savez` packs nothing.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError(f"{_BATCHES} is compressed")
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise ValueError(f"{_BATCHES} claims more bytes than it has")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+        except (zipfile.BadZipFile, EOFError, MemoryError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"{_BATCHES} can't be read ({error})") from error
+    return {name: _as_was(array, dtype_of(dtypes.get(name))) for name, array in arrays.items()}
+
+
+def _as_was(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if array.dtype != dtype and array.dtype != f"V{dtype.itemsize}":
+        raise ValueError(f"{_BATCHES} has an array of {array.dtype} for one of {dtype}")
+    return array.view(dtype)
 
 
 def kept_state(logdir: pathlib.Path | None, step: int) -> Store | None:

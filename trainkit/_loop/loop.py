@@ -106,7 +106,7 @@ class Loop:
         self._make_timetables()
 
     def _begin_calls(self, resumed: Saved | None) -> None:
-        given = None if resumed is None or resumed.choice is None else Choice.parse(resumed.choice)
+        given = None if resumed is None else Choice.recall(resumed.choice)
         steps = self.standing.plan.steps
         held = self._engine.strategy.replicate(self._supply.held)
         feed, engine, standing = self._prepared.feed, self._engine, self.standing

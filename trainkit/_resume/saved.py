@@ -2,6 +2,8 @@
 
 import dataclasses
 import time
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,25 +71,66 @@ def contents_of(state: TrainState, saved: Saved, labels: Mapping[str, Any]) -> C
         saved: the rest of the run.
         labels: JSON for lists of checkpoints: `scores`, `best` and the user's `metadata`.
     """
-    arrays, spec = arrays_of(state)
+    arrays, _ = arrays_of(state)
     extra: dict[str, jax.Array | np.ndarray] = {}
     host = {
         field.name: encode(getattr(saved, field.name), extra, field.name)
         for field in dataclasses.fields(saved)
     }
-    meta = {
-        "step": saved.step,
+    return Contents(arrays, extra, {**meta_of(state, saved.step), **labels}, host)
+
+
+def meta_of(state: TrainState, step: int) -> dict[str, Any]:
+    """Returns what `Contents.meta` says of a train state, from which it can be restored.
+
+    Args:
+        state: the train state.
+        step: updates completed.
+    """
+    return {
+        "step": step,
         "time": time.time(),
         "versions": {"trainkit": __version__, "jax": jax.__version__},
-        "arrays": spec,
+        "arrays": arrays_of(state)[1],
         "plain": is_plain(state.variables),
         "keys": keys_of(state),
-        **labels,
     }
-    return Contents(arrays, extra, meta, host)
 
 
 def load_saved(store: Store, step: int) -> Saved:
-    """Returns what a checkpoint holds apart from the train state."""
+    """Returns what a checkpoint holds apart from the train state.
+
+    Raises:
+        ValueError: it is not what `contents_of` writes; the message names the checkpoint.
+    """
     host, extra = store.load_host(step)
-    return Saved(**{name: decode(value, extra) for name, value in host.items()})
+    try:
+        return _saved(host, extra)
+    except ValueError as error:
+        raise ValueError(
+            f"the checkpoint of step {step} in {store.folder} is not as it was saved: {error}."
+        ) from error
+
+
+def _saved(host: Any, extra: Mapping[str, np.ndarray]) -> Saved:
+    fields = {field.name: field for field in dataclasses.fields(Saved)}
+    if not isinstance(host, dict) or host.keys() - fields.keys():
+        raise ValueError("it has values that no run has")
+    missing = [
+        name for name, field in fields.items() if name not in host and field.default is field.default_factory
+    ]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    values = {name: decode(value, extra) for name, value in host.items()}
+    for name, hint in typing.get_type_hints(Saved).items():
+        if name in values and not _is_a(hint, values[name]):
+            raise ValueError(f"{name} is of type {type(values[name]).__name__}")
+    return Saved(**values)
+
+
+def _is_a(hint: Any, value: Any) -> bool:
+    """Says whether a value is of the kind that a field of `Saved` has."""
+    if isinstance(value, bool):
+        return hint is bool
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return isinstance(value, tuple(typing.get_origin(option) or option for option in options))

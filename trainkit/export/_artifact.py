@@ -1,10 +1,9 @@
 """`save` and `load`: a model for any batch size and platform in one file, run without its Python code."""
 
-import importlib.metadata
+import contextlib
 import json
 import os
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import jax
@@ -12,11 +11,13 @@ import jax.export
 import numpy as np
 
 from trainkit._core.atomic import write_atomic
+from trainkit._core.files import read_regular
 from trainkit._core.typing import PyTree
-from trainkit._version import __version__
+from trainkit.export._description import Description
+from trainkit.export._program import read_program
 from trainkit.export._safetensors import decode, encode
-from trainkit.export._source import Source, Traced, Weights, trace
-from trainkit.export._spec import ArraySpec, check_inputs, names_of, rebuild
+from trainkit.export._source import Source, Weights, trace
+from trainkit.export._spec import check_inputs, names_of, rebuild
 
 _KIND, _SPEC, _PROGRAM, _WEIGHT = "trainkit.kind", "trainkit.spec", "program", "weights/"
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -71,8 +72,8 @@ def save(
     lower = jax.export.export(jax.jit(traced.function), platforms=tuple(platforms))
     program = lower(list(arrays.values()), traced.shapes).serialize()
     tensors = {_PROGRAM: np.frombuffer(program, np.uint8)}
-    tensors |= {f"{_WEIGHT}{name}": array for name, array in arrays.items()}
-    description = json.dumps(_description(traced, platforms))
+    tensors |= {_tensor(name): array for name, array in arrays.items()}
+    description = json.dumps(Description.of(traced, platforms).to_json())
     write_atomic(path, encode(tensors, {_KIND: "artifact", _SPEC: description}))
 
 
@@ -80,31 +81,38 @@ def load(path: str | os.PathLike[str]) -> "Exported":
     """Returns the model that `save` wrote to `path`.
 
     Raises:
-        ValueError: the file is cut short, altered or not from `save`; it needs another JAX, or 64 bits.
+        ValueError: the file is cut short, altered or not from `save`; its program calls what no exported model does;
+            it needs another JAX, or 64 bits.
+        OSError: there is no file, or something else than one.
         ImportError: the extra `export` is not installed.
     """
     _require_flatbuffers()
-    name, content = os.fspath(path), pathlib.Path(path).read_bytes()
-    try:
+    name, content = os.fspath(path), read_regular(os.path.realpath(path))
+    with _naming(name):
         tensors, metadata = decode(content)
         if metadata.get(_KIND) != "artifact":
             raise ValueError(f"it holds another kind of content, {metadata.get(_KIND, 'unknown')!r}")
+        description = Description.read(metadata.get(_SPEC, ""))
+        if missing := {_PROGRAM, *map(_tensor, description.weights)} - tensors.keys():
+            raise ValueError(f"it lacks {min(missing)}")
+    _check_width(name, [array.dtype for array in tensors.values()], description)
+    weights = [tensors[_tensor(weight)] for weight in description.weights]
+    with _naming(name):
+        program = read_program(tensors[_PROGRAM].tobytes(), description.versions)
+        _check_fit(program, weights, description)
+    return Exported(program, weights, description)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Adds to an error which file it is about, and what to do."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(
             f"{name}: {error}. Expected a whole file as tk.export.save wrote it; export it anew or take "
             "another copy."
         ) from error
-    description = json.loads(metadata[_SPEC])
-    _check_width(name, [array.dtype for array in tensors.values()], description)
-    try:
-        program = jax.export.deserialize(bytearray(tensors[_PROGRAM]))
-    except ValueError as error:
-        raise ValueError(
-            f"{name}: written with {description['versions']}, and jax {jax.__version__} cannot read it. "
-            "Export it anew with this version, or install a jax at most some months away from it."
-        ) from error
-    weights = [tensors[f"{_WEIGHT}{weight}"] for weight in description["weights"]]
-    return Exported(program, weights, description)
 
 
 @final
@@ -119,13 +127,11 @@ class Exported:
     """
 
     def __init__(
-        self, program: jax.export.Exported, weights: Sequence[np.ndarray], description: Mapping[str, Any]
+        self, program: jax.export.Exported, weights: Sequence[np.ndarray], description: Description
     ) -> None:
-        self.inputs = {name: ArraySpec.from_json(spec) for name, spec in description["inputs"]}
-        self.outputs = {name: ArraySpec.from_json(spec) for name, spec in description["outputs"]}
-        self.platforms: tuple[str, ...] = tuple(description["platforms"])
-        self.versions: dict[str, str] = dict(description["versions"])
-        self._structure, self._spread = description["structure"], description["spread"]
+        self.inputs, self.outputs = description.inputs, description.outputs
+        self.platforms, self.versions = description.platforms, description.versions
+        self._structure, self._spread = description.structure, description.spread
         self._weights = [jax.numpy.asarray(weight) for weight in weights]
         self._call = jax.jit(program.call)
 
@@ -156,18 +162,9 @@ class Exported:
         return ", ".join(f"{name} {spec}" for name, spec in self.inputs.items())
 
 
-def _description(traced: Traced, platforms: Sequence[str]) -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    return {
-        "versions": {"trainkit": __version__, **versions},
-        "platforms": list(platforms),
-        # Lists of pairs, because their order is that of the program's arguments.
-        "inputs": [[name, spec.to_json()] for name, spec in traced.inputs.items()],
-        "outputs": [[name, spec.to_json()] for name, spec in traced.outputs.items()],
-        "weights": list(traced.weights.arrays),
-        "structure": traced.structure,
-        "spread": traced.spread,
-    }
+def _tensor(weight: str) -> str:
+    """Returns the name under which a weight is in the file."""
+    return f"{_WEIGHT}{weight}"
 
 
 def _check_platforms(platforms: Sequence[str]) -> None:
@@ -176,8 +173,18 @@ def _check_platforms(platforms: Sequence[str]) -> None:
         raise ValueError(f"platforms={platforms!r}: give one or more of {names} in a tuple.")
 
 
-def _check_width(name: str, dtypes: Sequence[np.dtype], description: Mapping[str, Any]) -> None:
-    dtypes = [*dtypes, *(np.dtype(spec["dtype"]) for _, spec in description["inputs"])]
+def _check_fit(program: jax.export.Exported, weights: Sequence[np.ndarray], description: Description) -> None:
+    """Refuses a program that takes or returns other numbers of arrays than the description says."""
+    given = [(array.shape, array.dtype) for array in weights]
+    taken = [(aval.shape, aval.dtype) for aval in program.in_avals]
+    if taken[: len(given)] != given or len(taken) != len(given) + len(description.inputs):
+        raise ValueError("its program takes other weights or inputs than it says")
+    if len(program.out_avals) != len(description.outputs):
+        raise ValueError("its program returns other outputs than it says")
+
+
+def _check_width(name: str, dtypes: Sequence[np.dtype], description: Description) -> None:
+    dtypes = [*dtypes, *(np.dtype(spec.dtype) for spec in description.inputs.values())]
     wide = sorted({str(dtype) for dtype in dtypes if jax.dtypes.canonicalize_dtype(dtype) != dtype})
     if wide:
         raise ValueError(

@@ -4,9 +4,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from trainkit._core.arrays import array_of
 
 _CHECKSUM = "trainkit.sha256"
 _DTYPES = {
@@ -44,33 +47,49 @@ def decode(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         ImportError: safetensors is not installed.
     """
     library = _library()
+    try:
+        # First of all: it allocates nothing for what a header claims, and knows which headers there are.
+        arrays = {name: _array(entry) for name, entry in library.deserialize(content)}
+    except Exception as error:  # the library's own exception class is not part of its public interface
+        raise ValueError(f"it is not a whole .safetensors file ({error})") from error
     metadata = _metadata(content)
     expected = metadata.pop(_CHECKSUM, None)
     if expected is None:
         raise ValueError("it has no trainkit checksum in its header")
-    try:
-        arrays = {name: _array(entry) for name, entry in library.deserialize(content)}
-    except Exception as error:  # the library's own exception class is not part of its public interface
-        raise ValueError(f"it is not a whole .safetensors file ({error})") from error
     if (found := _digest(arrays, metadata)) != expected:
         raise ValueError(f"its sha256 is {found[:16]}..., and {expected[:16]}... was written")
     return arrays, metadata
 
 
+def parsed(text: str | bytes, kind: type) -> Any:
+    """Returns what JSON in a file says.
+
+    Args:
+        text: the JSON.
+        kind: dict or list.
+
+    Raises:
+        ValueError: it is none, or says something of another kind.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its description is not JSON ({error})") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"its description is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
 def _metadata(content: bytes) -> dict[str, str]:
     length = int.from_bytes(content[:8], "little")
-    try:
-        header = json.loads(content[8 : 8 + length])
-    except ValueError as error:
-        raise ValueError("it has no .safetensors header") from error
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    metadata = parsed(content[8 : 8 + length], dict).get("__metadata__", {})
     return dict(metadata) if isinstance(metadata, dict) else {}
 
 
-def _array(entry: Mapping[str, object]) -> np.ndarray:
+def _array(entry: Mapping[str, Any]) -> np.ndarray:
     # The library's own reader for NumPy knows neither bfloat16 nor the float8 types.
-    dtype = jnp.dtype(_DTYPES[str(entry["dtype"])])
-    return np.frombuffer(bytearray(entry["data"]), dtype).reshape(entry["shape"])  # type: ignore[arg-type, call-overload]
+    dtype = jnp.dtype(_DTYPES[entry["dtype"]])
+    return array_of(bytearray(entry["data"]), dtype, entry["shape"])
 
 
 def _digest(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:

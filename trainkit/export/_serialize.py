@@ -17,15 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trainkit._core.arrays import dtype_of
 from trainkit._core.atomic import write_atomic
-from trainkit._core.tree import describe, is_key, named_leaves, odd_keys
+from trainkit._core.files import read_regular
+from trainkit._core.tree import describe, is_key, named_leaves, nested, odd_keys
 from trainkit._core.typing import PyTree
-from trainkit.export._safetensors import decode, encode
+from trainkit.export._safetensors import decode, encode, parsed
 
 _MAGIC = b"trainkit.msgpack"
 _HEADER = len(_MAGIC) + 32 + 8
-_KIND, _PATHS = "trainkit.kind", "trainkit.paths"
+_KIND, _IMPLS, _PATHS = "trainkit.kind", "trainkit.keys", "trainkit.paths"
 _ROOT = "(root)"
+_DEEPEST = 200
 # What a Python number in a template may be read from.
 _NUMBERS = {bool: np.bool_, int: np.integer, float: np.floating, complex: np.complexfloating}
 
@@ -90,17 +93,20 @@ def load(path: str | os.PathLike[str], *, like: PyTree = None) -> PyTree:
     Raises:
         ValueError: unknown suffix; the file is cut short, altered or not from `save`; `like` differs from
             what was saved: each path that does is named.
+        OSError: there is no file, or something else than one.
     """
     _, read = _format(path)
-    content = pathlib.Path(path).read_bytes()
+    content = read_regular(os.path.realpath(path))
     try:
         packed = read(content)
+        _check(packed)
+        values = unpack(packed)
+        nest(values, packed.keys)
     except ValueError as error:
         raise ValueError(
             f"{os.fspath(path)}: {error}. Expected a whole file as tk.save wrote it; save it anew or take "
             "another copy."
         ) from error
-    values = unpack(packed)
     return nest(values, packed.keys) if like is None else restore(like, values, source=os.fspath(path))
 
 
@@ -149,27 +155,31 @@ def pack(tree: PyTree) -> Packed:
 
 
 def unpack(packed: Packed) -> dict[str, Any]:
-    """Returns the leaves by path: NumPy arrays, and typed keys where there were."""
+    """Returns the leaves by path: NumPy arrays, and typed keys where there were.
+
+    Raises:
+        ValueError: what are to be keys are none.
+    """
     return {
-        name: jax.random.wrap_key_data(jnp.asarray(array), impl=packed.impls[name])
-        if name in packed.impls
-        else array
+        name: _keys(name, array, packed.impls[name]) if name in packed.impls else array
         for name, array in packed.arrays.items()
     }
 
 
+def _keys(name: str, data: np.ndarray, impl: str) -> jax.Array:
+    try:
+        return jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
+    except Exception as error:  # JAX has a different one for every way to be wrong
+        raise ValueError(f"{name:.60} holds no keys of the generator {impl!r:.40} ({error})") from error
+
+
 def nest(values: Mapping[str, Any], keys: Mapping[str, list[str | int]] = MappingProxyType({})) -> PyTree:
-    """Returns nested dicts from values by path, with the keys that a path does not tell; that of the root bare."""
-    if list(values) == [_ROOT]:
-        return values[_ROOT]
-    tree: dict[Any, Any] = {}
-    for name, value in values.items():
-        *parents, last = keys.get(name) or name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
+    """Returns nested dicts from values by path, with the keys that a path does not tell; that of the root bare.
+
+    Raises:
+        ValueError: a path is both that of a value and of a branch.
+    """
+    return values[_ROOT] if list(values) == [_ROOT] else nested(values, dict(keys))
 
 
 def _format(path: str | os.PathLike[str]) -> tuple[Callable[[Packed], bytes], Callable[[bytes], Packed]]:
@@ -186,7 +196,7 @@ def _format(path: str | os.PathLike[str]) -> tuple[Callable[[Packed], bytes], Ca
 def _to_safetensors(packed: Packed) -> bytes:
     return encode(
         packed.arrays,
-        {_KIND: "tree", "trainkit.keys": json.dumps(packed.impls), _PATHS: json.dumps(dict(packed.keys))},
+        {_KIND: "tree", _IMPLS: json.dumps(packed.impls), _PATHS: json.dumps(dict(packed.keys))},
     )
 
 
@@ -194,7 +204,8 @@ def _from_safetensors(content: bytes) -> Packed:
     arrays, metadata = decode(content)
     if metadata.get(_KIND) != "tree":
         raise ValueError(f"it holds another kind of content, {metadata.get(_KIND, 'unknown')!r}")
-    return Packed(arrays, json.loads(metadata["trainkit.keys"]), json.loads(metadata.get(_PATHS, "{}")))
+    impls, keys = (parsed(metadata.get(name, "{}"), dict) for name in (_IMPLS, _PATHS))
+    return Packed(arrays, impls, keys)
 
 
 def _to_msgpack(packed: Packed) -> bytes:
@@ -212,16 +223,40 @@ def _from_msgpack(content: bytes) -> Packed:
         raise ValueError(f"it has {len(payload)} bytes of content, and {length} were written")
     if (found := hashlib.sha256(payload).digest()) != digest:
         raise ValueError(f"its sha256 is {found.hex()[:16]}..., and {digest.hex()[:16]}... was written")
-    stored: Any = flax.serialization.msgpack_restore(payload)
+    try:
+        stored: Any = flax.serialization.msgpack_restore(payload)
+        leaves = named_leaves(stored["tree"])
+        impls, paths = stored["keys"], stored.get("paths", "{}")
+    except Exception as error:  # Flax has a different one for every way to be wrong
+        raise ValueError(
+            f"its content is not that of a tree ({type(error).__name__}: {str(error)[:100]})"
+        ) from error
+    if other := next((name for name, leaf in leaves if not isinstance(leaf, np.ndarray)), None):
+        raise ValueError(f"it has no array at {other:.60}")
     # Views of the payload are read-only, and the caller owns what it gets.
-    arrays = {name: np.array(leaf) for name, leaf in named_leaves(stored["tree"])}
-    return Packed(arrays, stored["keys"], json.loads(stored.get("paths", "{}")))
+    return Packed({name: np.array(leaf) for name, leaf in leaves}, impls, parsed(paths, dict))
+
+
+def _check(packed: Packed) -> None:
+    """Refuses with a ValueError what `pack` does not make."""
+    arrays, impls, keys = packed
+    _check_names(arrays)
+    for array in arrays.values():
+        dtype_of(str(array.dtype))
+    if not isinstance(impls, dict) or not all(isinstance(impl, str) for impl in impls.values()):
+        raise ValueError("its generators of keys are not as they were written")
+    for name, path in keys.items():
+        plain = isinstance(path, list) and all(type(key) in (str, int) for key in path)
+        if not plain or "/".join(map(str, path)) != name:
+            raise ValueError(f"the keys of {name:.60} are not as they were written")
 
 
 def _check_names(names: Iterable[str]) -> None:
-    """Refuses paths that a file cannot tell apart, e.g. `{"a/b": x, "a": {"b": y}}`."""
+    """Refuses paths that a file cannot tell apart, e.g. `{"a/b": x, "a": {"b": y}}`, and endless ones."""
     seen: set[str] = set()
     for name in names:
+        if name.count("/") > _DEEPEST:
+            raise ValueError(f"the path {name:.60}... is more than {_DEEPEST} deep; flatten the tree.")
         if name in seen or name == "__metadata__":
             what = "used twice" if name in seen else "reserved"
             raise ValueError(f"the path {name} is {what}; rename a key.")

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from trainkit._core.arrays import shape_of
 from trainkit._core.tree import named_leaves
 from trainkit._core.typing import Array, PyTree
 
@@ -14,6 +15,7 @@ BATCH = "batch"
 """Name of the dimension that is free."""
 
 _ROOT = "(root)"
+_DEEPEST = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +44,18 @@ class ArraySpec:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> "ArraySpec":
-        """Returns the specification that `to_json` wrote."""
-        return cls(tuple(stored["shape"]), stored["dtype"], stored["given"])
+    def from_json(cls, stored: Any) -> "ArraySpec":
+        """Returns the specification that `to_json` wrote.
+
+        Raises:
+            ValueError: it did not write that.
+        """
+        fields = dict(stored) if isinstance(stored, dict) else {}
+        shape, dtype, given = (fields.get(name) for name in ("shape", "dtype", "given"))
+        if not (isinstance(shape, list) and isinstance(dtype, str) and isinstance(given, str)):
+            raise ValueError("an input or output is not described by shape and dtype")
+        shape_of([1 if isinstance(size, str) else size for size in shape])
+        return cls(tuple(shape), dtype, given)
 
 
 def spec_of(leaf: Any, given: str = "") -> ArraySpec:
@@ -97,6 +108,40 @@ def structure_of(tree: PyTree) -> Any:
         return {"dict": described}
 
     return describe(tree)
+
+
+def check_structure(structure: Any, leaves: int) -> None:
+    """Refuses what `structure_of` does not return for a tree of so many leaves.
+
+    Raises:
+        ValueError: it does not.
+    """
+    numbers: list[int] = []
+    nodes = [(structure, 0)]
+    while nodes:
+        node, depth = nodes.pop()
+        if type(node) is int:
+            numbers.append(node)
+        elif node is not None:
+            nodes += [(child, depth + 1) for child in reversed(_children(node))]
+        if depth > _DEEPEST:
+            raise ValueError(f"the outputs are nested more than {_DEEPEST} deep")
+    if numbers != list(range(leaves)):
+        raise ValueError(f"the outputs are put together of others than the {leaves} that there are")
+
+
+def _children(node: Any) -> list[Any]:
+    kind, children = next(iter(node.items())) if isinstance(node, dict) and len(node) == 1 else ("", None)
+    if isinstance(children, list):
+        if kind in ("list", "tuple"):
+            return children
+        if kind == "dict" and all(map(_is_entry, children)):
+            return [child for _, child in children]
+    raise ValueError("the outputs are put together in a way that is not known")
+
+
+def _is_entry(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and type(pair[0]) in (str, int)
 
 
 def rebuild(structure: Any, leaves: Sequence[Any]) -> PyTree:

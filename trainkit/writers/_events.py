@@ -1,24 +1,28 @@
-"""The event file that TensorBoard reads: its name, its records and the mark that hides redone steps.
+"""The event file that TensorBoard reads: its name, its events and the mark that hides redone steps.
 
-Owns no kinds of values. Imports tensorboardX, so it is itself imported where a file is needed.
+Owns no framing and no kinds of values. Imports tensorboardX, so it is itself imported where a file is needed.
 """
 
 # tensorboardX makes its protocol buffers at run time, out of the type checker's sight.
 # pyright: reportAttributeAccessIssue=false
 
+import logging
 import os
 import pathlib
 import socket
-import struct
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 
+from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 
+from trainkit._core.files import NotRegular, open_regular
 from trainkit._core.typing import Clock
-from trainkit.writers._file import RecordFile, rewrite
+from trainkit.writers._file import Edit, RecordFile
+from trainkit.writers._tfrecord import MOST, framed, records
+from trainkit.writers._values import Unwritable
 
+_LOG = logging.getLogger("trainkit")
 _SUFFIX = ".trainkit"
 """Ends the names of the files made here: the only ones that are ever rewritten."""
 
@@ -32,8 +36,8 @@ class EventFile:
     Args:
         logdir: the folder; it exists.
         clock: seconds since 1970.
-        purge_step: int; TensorBoard shows no event of an older file in the folder from this step on.
-            Those of trainkit's files are taken out, those of others are marked as void.
+        purge_step: int; marks as void what older files in the folder hold from this step on. Not every reader
+            obeys the mark: `take_out` and `rewind` come first.
 
     Example:
         >>> import tempfile, time
@@ -44,15 +48,13 @@ class EventFile:
 
     def __init__(self, logdir: pathlib.Path, clock: Clock, purge_step: int | None) -> None:
         self._clock = clock
-        if purge_step is not None:
-            _take_out(logdir, purge_step)
         self._file = _new_file(logdir, clock())
         self._write(Event(wall_time=clock(), file_version="brain.Event:2"))
         if purge_step is not None:
             start = SessionLog(status=SessionLog.START)
             mark = Event(wall_time=clock(), step=purge_step, session_log=start)
             # TensorBoard takes the first mark in a folder for the start of the run and obeys from the second
-            # on. Its fast loader ignores them all, which is why taking out comes first.
+            # on. Its fast loader ignores them all.
             self._write(mark)
             self._write(mark)
 
@@ -64,6 +66,7 @@ class EventFile:
             values: one for each name.
 
         Raises:
+            Unwritable: they are too large for an event.
             OSError: the system refused it.
         """
         self._write(Event(wall_time=self._clock(), step=step, summary=Summary(value=values)))
@@ -73,7 +76,10 @@ class EventFile:
         self._file.close()
 
     def _write(self, event: Event) -> None:
-        self._file.append(_framed(event))
+        # Not asked of what is serialised: from 2 GB on protocol buffers refuse that in words of their own.
+        if event.ByteSize() > MOST:
+            raise Unwritable(f"not written: an event of more than {MOST >> 20} MiB")
+        self._file.append(framed(event.SerializeToString()))
 
 
 def _new_file(logdir: pathlib.Path, now: float) -> RecordFile:
@@ -84,7 +90,7 @@ def _new_file(logdir: pathlib.Path, now: float) -> RecordFile:
         name = f"events.out.tfevents.{seconds:010d}.{rest:06d}.{socket.gethostname()}.{os.getpid()}{_SUFFIX}"
         try:
             return RecordFile(logdir / name, exclusive=True)
-        except FileExistsError:
+        except (FileExistsError, NotRegular):
             microseconds += 1
 
 
@@ -100,9 +106,11 @@ def rewind(logdir: pathlib.Path, step: int, names: Collection[str]) -> bool:
         Whether anything was taken out.
     """
 
+    names, lengths = set(names), {len(name) for name in names}
+
     def kept(value: Summary.Value) -> bool:
-        parts = value.tag.split("/")
-        return any("/".join(parts[:length]) in names for length in range(1, len(parts) + 1))
+        tag = value.tag
+        return any(tag[:length] in names and tag[length : length + 1] in ("", "/") for length in lengths)
 
     def change(event: Event) -> Event | None:
         if not event.HasField("summary") or event.step < step:
@@ -116,8 +124,8 @@ def rewind(logdir: pathlib.Path, step: int, names: Collection[str]) -> bool:
     return any(changed)
 
 
-def _take_out(logdir: pathlib.Path, purge_step: int) -> None:
-    """Takes the values from a step on out of the files of earlier writers."""
+def take_out(logdir: pathlib.Path, purge_step: int) -> None:
+    """Takes the values from a step on out of the files of earlier writers in a folder; other programs' files stay."""
 
     def change(event: Event) -> Event | None:
         return event if event.step < purge_step or not event.HasField("summary") else None
@@ -131,34 +139,43 @@ def _files(logdir: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _rewrite(path: pathlib.Path, change: Callable[[Event], Event | None]) -> bool:
-    """Puts what `change` makes of each event into a file, and says whether that is anything else."""
-    records, changed = [], False
-    for record in _records(path):
-        event = Event.FromString(record[12:-4])
-        new = change(event)
-        if new is not event:
-            changed = True
-            record = b"" if new is None else _framed(new)
-        records.append(record)
-    if changed:
-        rewrite(path, records)
+    """Puts what `change` makes of each event into a file, and says whether that is anything else.
+
+    What is damaged is taken out and told. What is no file is left alone, and told.
+    """
+    try:
+        descriptor = open_regular(path)
+    except NotRegular as error:
+        _LOG.warning("%s Until then TensorBoard may show values in it that were taken back.", error)
+        return True
+    with open(descriptor, "rb") as file:
+        edit, changed, kept, damaged, end = Edit(), False, 0, 0, 0
+        for start, end, data in records(file):
+            event = None if data is None else _event(data)
+            new = None if event is None else change(event)
+            damaged += event is None
+            changed |= new is not event
+            if new is not None:
+                kept += 1
+                edit.keep(start, end) if new is event else edit.put(framed(new.SerializeToString()))
+        cut = os.fstat(file.fileno()).st_size - end
+        if damaged or cut:
+            _LOG.warning(
+                "%s is damaged: %d events and the last %d bytes can't be read and are taken out; %d events stay.",
+                path,
+                damaged,
+                cut,
+                kept,
+            )
+        changed |= bool(damaged or cut)
+        if changed:
+            edit.apply(file, path)
     return changed
 
 
-def _framed(event: Event) -> bytes:
-    # TFRecord: length, its checksum, the data, its checksum, all little-endian.
-    data = event.SerializeToString()
-    length = struct.pack("<Q", len(data))
-    checksums = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
-    return length + next(checksums) + data + next(checksums)
-
-
-def _records(path: pathlib.Path) -> Iterator[bytes]:
-    """Yields the records of a file, framing and all, up to the first that is cut short."""
-    with path.open("rb") as file:
-        while len(header := file.read(12)) == 12:
-            (length,) = struct.unpack_from("<Q", header)
-            rest = file.read(length + 4)
-            if len(rest) < length + 4:
-                return
-            yield header + rest
+def _event(data: bytes) -> Event | None:
+    """Returns an event from its data, None where they are none."""
+    try:
+        return Event.FromString(data)
+    except DecodeError:
+        return None

@@ -1,23 +1,25 @@
-"""The writer of `metrics.jsonl`, one JSON object a line, and its reader. Owns the lines' layout."""
+"""The writer of `metrics.jsonl`, one JSON object a line, and its reader. Owns what a line says, not how it is read."""
 
-import json
+import logging
 import math
 import os
 import pathlib
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from trainkit._core.files import check_regular, open_regular
 from trainkit._core.typing import Clock
 from trainkit.writers._alike import AlikeWriter, Kind
-from trainkit.writers._file import RecordFile, rewrite
+from trainkit.writers._file import Edit, RecordFile
+from trainkit.writers._lines import MOST, Line, encoded, lines
 from trainkit.writers._logdir import claim, release
 from trainkit.writers._values import Complaints, Unwritable, as_number, describe, flat_hparams
 from trainkit.writers._writer import Scalar
 
 _KIND = "JSONL"
 _NAME = "metrics.jsonl"
-_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+_LOG = logging.getLogger("trainkit")
 
 
 class JsonlWriter(AlikeWriter):
@@ -30,7 +32,8 @@ class JsonlWriter(AlikeWriter):
 
     The folder is made and checked at once, the file made by the first write. Lines are whole or absent, and
     with the operating system when the method returns, so a SIGKILL loses nothing. An existing file is
-    continued.
+    continued: where it ends in a torn line, and where `purge_step` is given, lines that can't be read are taken out of
+    it, with a warning in the log.
 
     Args:
         logdir: the run's folder, local.
@@ -39,8 +42,8 @@ class JsonlWriter(AlikeWriter):
         clock: seconds since 1970.
 
     Raises:
-        OSError: the folder cannot be made or written to.
-        ValueError: the folder has a live JSONL writer in this process, or its file is damaged within.
+        OSError: the folder cannot be made or written to, or something else than a file is called `metrics.jsonl`.
+        ValueError: the folder has a live JSONL writer in this process.
 
     Example:
         >>> import tempfile
@@ -113,9 +116,15 @@ class JsonlWriter(AlikeWriter):
             raise ValueError(
                 f"{type(self).__name__} for {str(self._logdir)!r} is closed; make a new one to write more."
             )
+        line = encoded(entry)
+        if len(line) > MOST:
+            what = next(key for key in entry if key not in ("step", "time"))
+            name = next(iter(entry[what]))
+            self._complaints.once(what, name, f"not written: a line of more than {MOST >> 20} MiB")
+            return
         if self._file is None:
             self._file = RecordFile(self._logdir / _NAME)
-        self._file.append(_line(entry))
+        self._file.append(line)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -129,7 +138,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         crash of the machine leaves it, is left out.
 
     Raises:
-        ValueError: another line is not JSON.
+        ValueError: another line is none that a `JsonlWriter` writes; the message names it.
+        OSError: `path` is missing, or is no file.
 
     Example:
         >>> import tempfile
@@ -140,15 +150,20 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         >>> read_jsonl(f"{folder}/metrics.jsonl")
         [{'step': 1, 'time': 0.0, 'scalars': {'train/loss': nan}}]
     """
-    entries = _entries(pathlib.Path(path))
+    entries = []
+    with open(open_regular(os.path.realpath(path)), "rb") as file:
+        for line in lines(file):
+            if line.entry is not None:
+                entries.append(line.entry)
+            elif line.ended:
+                raise ValueError(
+                    f"{os.fspath(path)!r}: line {line.number} {line.problem}. Only the last line may be cut short; "
+                    "take the line out, or move the file away."
+                )
     for entry in entries:
         if "scalars" in entry:
             entry["scalars"] = {name: _decoded(value) for name, value in entry["scalars"].items()}
     return entries
-
-
-def _line(entry: dict[str, Any]) -> bytes:
-    return json.dumps(entry, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
 
 
 def _encoded(value: Any) -> Any:
@@ -158,51 +173,68 @@ def _encoded(value: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    return float(value) if value in _NOT_FINITE else value
-
-
-def _entries(path: pathlib.Path) -> list[dict[str, Any]]:
-    lines = path.read_bytes().split(b"\n")
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(
-                f"{str(path)!r}: line {number} is not JSON ({error}). Only the last line may be cut short; "
-                "take the line out, or move the file away."
-            ) from None
-    return entries
+    return float(value) if isinstance(value, str) else value
 
 
 def _repair(path: pathlib.Path, purge_step: int | None) -> None:
     """Takes a torn last line and the lines from `purge_step` on out of an existing file."""
+    check_regular(path, missing_ok=True)
     if not path.exists() or (purge_step is None and _ends_whole(path)):
         return
-    kept = _entries(path)
-    if purge_step is not None:
-        kept = [entry for entry in kept if entry.get("step", -1) < purge_step]
-    rewrite(path, map(_line, kept))
+    _edit(path, lambda entry: entry if purge_step is None or entry.get("step", -1) < purge_step else None)
 
 
 def _rewind(path: pathlib.Path, step: int, names: Collection[str]) -> None:
-    if not path.exists():
-        return
-    entries = [entry for entry in _entries(path) if entry.get("step", -1) <= step]
-    for entry in entries:
-        if entry.get("step") == step:
-            for kind in entry.keys() - {"step", "time"}:
-                entry[kind] = {name: value for name, value in entry[kind].items() if name in names}
-    kept = [entry for entry in entries if any(entry[kind] for kind in entry.keys() - {"step", "time"})]
-    rewrite(path, map(_line, kept))
+    def change(entry: dict[str, Any]) -> dict[str, Any] | None:
+        if entry.get("step", -1) > step:
+            return None
+        if entry.get("step") != step:
+            return entry
+        kinds = {
+            kind: {name: value for name, value in entry[kind].items() if name in names}
+            for kind in entry.keys() - {"step", "time"}
+        }
+        return {**entry, **kinds} if any(kinds.values()) else None
+
+    check_regular(path, missing_ok=True)
+    if path.exists():
+        _edit(path, change)
+
+
+def _edit(path: pathlib.Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+    """Puts what `change` makes of each line into a file; lines that can't be read are taken out and told."""
+    edit, kept, problems, first = Edit(), 0, 0, ""
+    with open(open_regular(path), "rb") as file:
+        for line in lines(file):
+            try:
+                kept += _put(edit, line, change)
+            except ValueError as error:
+                problems, first = problems + 1, first or f"line {line.number} {error}"
+        edit.apply(file, path)
+    if problems:
+        more = f", and {problems - 1} more" if problems > 1 else ""
+        _LOG.warning(
+            "%s is damaged: %s%s; what can't be read is taken out, %d lines stay.", path, first, more, kept
+        )
+
+
+def _put(edit: Edit, line: Line, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> bool:
+    """Puts what `change` makes of a line into an edit, and says whether anything stays; raises where none can be."""
+    if line.entry is None:
+        raise ValueError(line.problem)
+    new = change(line.entry)
+    if new is line.entry and line.ended:
+        edit.keep(line.start, line.stop)
+    elif new is not None:
+        try:
+            edit.put(encoded(new))
+        except ValueError as error:  # 1e999, which JSON has and floats have not
+            raise ValueError(f"can't be written again ({error})") from None
+    return new is not None
 
 
 def _ends_whole(path: pathlib.Path) -> bool:
-    with path.open("rb") as file:
+    with open(open_regular(path), "rb") as file:
         if not file.seek(0, os.SEEK_END):
             return True
         file.seek(-1, os.SEEK_END)

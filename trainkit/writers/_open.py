@@ -35,8 +35,8 @@ def open_writer(
         A writer to both, in which one that fails does not stop the other.
 
     Raises:
-        OSError: the folder cannot be made or written to.
-        ValueError: the folder has a live writer in this process, or its JSONL file is damaged.
+        OSError: the folder cannot be made or written to, or something else than a file lies under the name of a log.
+        ValueError: the folder has a live writer in this process.
 
     Example:
         >>> import tempfile

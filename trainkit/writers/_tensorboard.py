@@ -54,7 +54,14 @@ class TensorBoardWriter(MetricWriter):
         self._closed = False
         self._logdir = claim(logdir, _KIND, self)
         if purge_step is not None:
-            self._file = self._open(int(purge_step))
+            from trainkit.writers._events import take_out
+
+            try:
+                take_out(self._logdir, int(purge_step))
+                self._file = self._open(int(purge_step))
+            except BaseException:
+                release(self._logdir, _KIND, self)
+                raise
 
     def write_summaries(
         self, step: int, values: Mapping[str, Array], metadata: Mapping[str, Any] | None = None
@@ -164,7 +171,10 @@ class TensorBoardWriter(MetricWriter):
             )
         if self._file is None:
             self._file = self._open(None)
-        self._file.append(step, values)
+        try:
+            self._file.append(step, values)
+        except Unwritable as error:
+            self._complaints.once("event", values[0].tag, str(error))
 
     def _open(self, purge_step: int | None) -> "EventFile":
         from trainkit.writers._events import EventFile
