@@ -15,6 +15,7 @@ import jax
 import jaxlib.version
 
 from trainkit._core.atomic import write_atomic
+from trainkit._core.files import check_regular, read_regular
 from trainkit._version import __version__
 
 KINDS = ("single", "unrolled", "scanned")
@@ -89,7 +90,10 @@ _LOG = logging.getLogger("trainkit")
 
 
 def cache_folder() -> pathlib.Path | None:
-    """Returns the folder of the persistent compilation cache, None where there is none on this machine."""
+    """Returns the folder of the persistent compilation cache, None where there is none on this machine.
+
+    During a fit that is the user's, see `compile_cache`, unless JAX was given another.
+    """
     folder: str | None = getattr(jax.config, "jax_compilation_cache_dir", None)
     return None if not folder or "://" in folder else pathlib.Path(folder)
 
@@ -117,10 +121,10 @@ class Remembered:
 
     def load(self) -> Choice | None:
         """Returns the choice, None where there is none that can be read."""
-        if self._path is None or not self._path.is_file():
+        if self._path is None:
             return None
         try:
-            return Choice.parse(json.loads(self._path.read_text())["choice"])
+            return Choice.parse(json.loads(read_regular(self._path))["choice"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -130,6 +134,7 @@ class Remembered:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            check_regular(self._path, missing_ok=True)
             write_atomic(self._path, json.dumps({"choice": str(choice), "measured": measured}).encode())
         except OSError as error:
             _LOG.info("the choice of calls could not be kept in %s: %s", self._path.parent, error)

@@ -55,7 +55,7 @@ def fit(engine: Engine, run: Run, request: Request) -> FitResult:
         interrupts.listening(),
         locked(None if jax.process_index() else request.logdir),
         open_writers(request.logdir, request.writers, run.history) as writer,
-        kept_on_disk(request.logdir if request.keep_compiled else None),
+        kept_on_disk(request.keep_compiled, processes=engine.strategy.processes),
     ):
         return _fit(engine, run, request, writer, interrupts, ongoing)
 
