@@ -1,5 +1,6 @@
 """Several steps in one call: the same numbers, the same hooks at the same steps, whatever the calls."""
 
+import json
 import os
 import signal
 import threading
@@ -403,6 +404,18 @@ def test_remembered_choices(tmp_path):
         file.write_text(broken)
         assert kept.load() is None
     Remembered(None, "program").store(SCANNED, {})
+
+
+def test_a_remembered_choice_is_not_read_or_written_through_a_link(tmp_path):
+    folder, outside = tmp_path / "cache", tmp_path / "outside"
+    kept = Remembered(folder, "program", "cpu")
+    kept.store(SCANNED, {})
+    (file,) = folder.iterdir()
+    file.rename(outside)
+    file.symlink_to(outside)
+    assert kept.load() is None
+    kept.store(SINGLE, {})
+    assert Choice.parse(json.loads(outside.read_text())["choice"]) == SCANNED
 
 
 def test_a_choice_is_its_text():

@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import jax.experimental.compilation_cache.compilation_cache as cache
 import numpy as np
-from jax._src import compilation_cache as jax_cache  # the one way to have JAX keep programs by other rules than its own
+from jax._src import (
+    compilation_cache as jax_cache,
+)  # the one way to have JAX keep programs by other rules than its own
 from jax.experimental import multihost_utils
 
 from trainkit._engine.program_files import ProgramFiles
@@ -49,7 +51,7 @@ def kept_on_disk(wanted: bool, *, processes: int = 1) -> Iterator[None]:
     }
     before = {name: getattr(jax.config, name) for name in ours}
     _use(ours)
-    # In this order: a thread that compiles meanwhile finds either none or ours.
+    # JAX has no public way to be given a cache. In this order: a thread that compiles meanwhile finds none, or ours.
     jax_cache._cache = ProgramFiles(folder)
     jax_cache._cache_initialized = True
     try:

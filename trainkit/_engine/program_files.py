@@ -45,7 +45,7 @@ class ProgramFiles(CacheInterface):
         self._largest = largest
         self._told = False
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str) -> bytes | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the program under `key`, None where there is none that is whole."""
         path = self._file(key)
         try:
@@ -65,12 +65,12 @@ class ProgramFiles(CacheInterface):
             path.unlink()
         return None
 
-    def put(self, key: str, program: bytes) -> None:
-        """Keeps `program` under `key`, and removes what was used longest ago where the folder is too large."""
-        if len(program) > self._largest:
+    def put(self, key: str, value: bytes) -> None:
+        """Keeps a program under `key`, and removes what was used longest ago where the folder is too large."""
+        if len(value) > self._largest:
             return
         try:
-            self._write(self._file(key), _checksum(key, program) + program)
+            self._write(self._file(key), _checksum(key, value) + value)
             self._prune()
         except OSError as error:
             if not self._told:

@@ -9,7 +9,7 @@ import stat
 
 
 def user_cache() -> pathlib.Path:
-    """Returns `$XDG_CACHE_HOME/trainkit`, by default `~/.cache/trainkit`; made, for the user alone, where it is missing.
+    """Returns `$XDG_CACHE_HOME/trainkit`, by default `~/.cache/trainkit`; made where it is missing, with mode 0700.
 
     Raises:
         OSError: it can't be made, or someone else may have put something there.
