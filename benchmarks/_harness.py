@@ -62,6 +62,8 @@ class Worker:
         tmp.mkdir(parents=True)
         # Several processes share a GPU: none may take it all. The tree's own trainkit is measured.
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+        # Each compiles what it runs; the user's cache is left alone.
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         paths = [str(_data.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         python = contestant.python or sys.executable

@@ -64,8 +64,12 @@ def _number_of_steps(given):
 
 
 @pytest.fixture
-def no_cache():
-    """Does without the folder of compiled programs, as a user who names none; what a test sets instead is undone."""
+def no_cache(monkeypatch, tmp_path_factory):
+    """Does without JAX's folder of compiled programs, as a user who names none; what a test sets instead is undone.
+
+    The user's own cache, which trainkit then uses, is a fresh one.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()  # it looks at its folder once

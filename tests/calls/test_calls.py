@@ -1,6 +1,7 @@
 """Several steps in one call: the same numbers, the same hooks at the same steps, whatever the calls."""
 
 import itertools
+import json
 import os
 import signal
 import threading
@@ -450,6 +451,18 @@ def test_an_absurd_number_of_steps_that_is_remembered_is_ignored(auto, sizes, tm
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     NetTrainer(Net(), optax.sgd(0.1)).fit(batches(4), epochs=1)
     assert set(sizes) == {1}
+
+
+def test_a_remembered_choice_is_not_read_or_written_through_a_link(tmp_path):
+    folder, outside = tmp_path / "cache", tmp_path / "outside"
+    kept = Remembered(folder, "program", "cpu")
+    kept.store(SCANNED, {})
+    (file,) = folder.iterdir()
+    file.rename(outside)
+    file.symlink_to(outside)
+    assert kept.load() is None
+    kept.store(SINGLE, {})
+    assert Choice.parse(json.loads(outside.read_text())["choice"]) == SCANNED
 
 
 def test_a_choice_is_its_text():

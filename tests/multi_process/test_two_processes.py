@@ -225,3 +225,20 @@ def test_the_example_runs_as_two_processes_on_one_machine(tmp_path):
     assert sorted(index for index, _ in told) == ["0", "1"]
     assert told[0][1] == told[1][1]
     assert (tmp_path / "logs" / "metrics.jsonl").exists()
+
+
+def test_compiled_programs_are_kept_where_both_processes_find_them(pair, tmp_path):
+    for index, process in enumerate(pair("kept")):
+        assert ends(process, index, tmp_path, PATIENCE) == 0, log(tmp_path, index)
+    (own, *first), (other, *second) = (
+        json.loads((tmp_path / f"{index}.json").read_text()) for index in range(2)
+    )
+    # What one finds and the other compiles may be unlike: each with a folder of its own has none.
+    assert own == other == [{}, {}]
+    assert not list(tmp_path.glob("own-*/trainkit/*"))
+    programs = {"jit_init": 1, "jit_laid_out": 1}
+    assert first == [[programs, {}], [{}, programs]]
+    # The first writes for all. On a CPU the key of JAX is that of one process, so that the others compile.
+    assert second == [[programs, {}], [programs, {}]]
+    assert len([*tmp_path.glob("shared/trainkit/*.program")]) == len(programs)
+    assert not [*tmp_path.glob("shared/trainkit/.*")]

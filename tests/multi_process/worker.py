@@ -4,6 +4,7 @@ Owns the jobs; with COUNT 1 a job runs on four devices of one process. Results g
 """
 
 import json
+import os
 import pathlib
 import pickle
 import shutil
@@ -16,8 +17,10 @@ import numpy as np
 import optax
 from clu import metrics
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 
 import trainkit as tk
+from tests.engine.starts import Told
 from trainkit.callbacks import EMA, Checkpoint, EarlyStopping, Lambda, LogMetrics, Progress
 from trainkit.metrics import collecting
 from trainkit.parallel import Mesh
@@ -208,6 +211,22 @@ def failing(index, folder):
     Classifier(MLP(), optax.sgd(1e-2)).fit(batches, steps=10**9)
 
 
+def kept(index, folder):
+    """Says what was compiled, and what was found compiled, in three fits.
+
+    In the first each process has a user's cache of its own, in the others they have the same.
+    """
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    found = []
+    for cache in (f"own-{index}", "shared", "shared"):
+        os.environ["XDG_CACHE_HOME"] = str(folder / cache)
+        with Told() as told:
+            Classifier(MLP(), optax.sgd(1e-2)).fit(tk.data.Arrays(examples(), BATCH), steps=2)
+        found.append([dict(told.missed), dict(told.hit)])
+    (folder / f"{index}.json").write_text(json.dumps(found))
+
+
 def main():
     job, index, count, port, folder = sys.argv[1], *map(int, sys.argv[2:5]), pathlib.Path(sys.argv[5])
     if count > 1:
@@ -220,7 +239,8 @@ def main():
             shutdown_timeout_seconds=SHUTDOWN,
         )
     assert jax.device_count() == 4
-    {"compare": compare, "resume": resume, "endless": endless, "failing": failing}[job](index, folder)
+    jobs = {"compare": compare, "resume": resume, "kept": kept, "endless": endless, "failing": failing}
+    jobs[job](index, folder)
 
 
 if __name__ == "__main__":

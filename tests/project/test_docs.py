@@ -71,7 +71,7 @@ def broken_links(path: Path) -> list[str]:
 
 
 def pages() -> list[Path]:
-    found = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    found = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
     found += sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
     return [path for path in found if path.exists()]
 

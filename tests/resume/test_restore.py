@@ -252,6 +252,16 @@ def test_in_part_a_fresh_average_begins_at_what_was_taken(run):
     assert_same(EMA.view(state).batch_stats, state.batch_stats)
 
 
+def test_what_is_restored_is_not_tied_to_its_device(run):
+    # A program for arrays that are tied is another, to be compiled beside that of a run that was never broken off.
+    whole, in_part = classifier(), classifier(seed=9)
+    whole.restore(run[0])
+    in_part.init(arrays(16))
+    in_part.restore(run[0], partial=True)
+    for state in (run[1].state, whole.state, in_part.state):
+        assert not [name for name, leaf in jax.tree.leaves_with_path(state) if leaf.committed]
+
+
 @pytest.mark.parametrize(
     "only",
     [

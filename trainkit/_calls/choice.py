@@ -15,7 +15,7 @@ import jax
 import jaxlib.version
 
 from trainkit._core.atomic import write_atomic
-from trainkit._core.files import read_regular
+from trainkit._core.files import check_regular, read_regular
 from trainkit._version import __version__
 
 KINDS = ("single", "unrolled", "scanned")
@@ -99,7 +99,10 @@ _LOG = logging.getLogger("trainkit")
 
 
 def cache_folder() -> pathlib.Path | None:
-    """Returns the folder of the persistent compilation cache, None where there is none on this machine."""
+    """Returns the folder of the persistent compilation cache, None where there is none on this machine.
+
+    During a fit that is the user's, see `compile_cache`, unless JAX was given another.
+    """
     folder: str | None = getattr(jax.config, "jax_compilation_cache_dir", None)
     return None if not folder or "://" in folder else pathlib.Path(folder)
 
@@ -141,6 +144,7 @@ class Remembered:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            check_regular(self._path, missing_ok=True)
             write_atomic(self._path, json.dumps({"choice": str(choice), "measured": measured}).encode())
         except OSError as error:
             _LOG.info("the choice of calls could not be kept in %s: %s", self._path.parent, error)

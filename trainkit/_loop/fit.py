@@ -53,7 +53,7 @@ def fit(engine: Engine, run: Run, request: Request) -> FitResult:
         interrupts.listening(),
         holding_folder(run, request),
         open_writers(request.logdir, request.writers, run.history) as writer,
-        kept_on_disk(request.logdir if request.keep_compiled else None),
+        kept_on_disk(request.keep_compiled, processes=engine.strategy.processes),
     ):
         return _fit(engine, run, request, writer, interrupts, ongoing)
 

@@ -34,7 +34,7 @@ class Request:
         seed: of the trainer.
         writers: those of the user.
         stores: the checkpoints that it goes on from; none where it is not to be resumed.
-        keep_compiled: whether compiled programs are kept in `logdir`.
+        keep_compiled: whether compiled programs are kept in the user's cache.
         overwrite: whether a run that `logdir` holds is removed.
         dry: whether everything is only tried out.
     """

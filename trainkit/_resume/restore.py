@@ -143,6 +143,7 @@ def restore_partly(
             f"nothing of the checkpoint in {store.folder / str(step)} fits this model: {_lines(left)}"
         )
     arrays = store.load_state(step, {name: _with_sharding(leaves[name]) for name in names})
+    arrays = {name: _free(engine, array) for name, array in arrays.items()}
     state = jax.tree_util.tree_map_with_path(lambda path, leaf: arrays.get(path_name(path), leaf), current)
     if not int(state.step):
         # An average of fresh weights would outweigh those taken for a long time.
@@ -244,12 +245,27 @@ def _load(engine: Engine, store: Store, step: int, template: TrainState) -> Trai
     def value(path: tuple[Any, ...], leaf: Any) -> Any:
         if not leaf.size:
             return jnp.zeros(leaf.shape, leaf.dtype)
-        array = arrays[path_name(path)]
+        array = arrays.pop(path_name(path))
         if is_key(leaf) and not is_key(array):  # read to the host, a key is its data
             return jax.random.wrap_key_data(array, impl=key_generator(leaf.dtype))
-        return array
+        return _free(engine, array)
 
     return engine.strategy.lay_out(jax.tree_util.tree_map_with_path(value, targets))
+
+
+def _free(engine: Engine, array: Any) -> Any:
+    """Returns an array that was read to the default device as one that is computed there.
+
+    Orbax ties what it reads to its device, and a program for arrays that are tied is another program. One by one, so
+    that the host need not hold all of them.
+    """
+    if not engine.strategy.takes_host_batches or not isinstance(array, jax.Array):
+        return array
+    if is_key(array):
+        return jax.random.wrap_key_data(
+            _free(engine, jax.random.key_data(array)), impl=jax.random.key_impl(array)
+        )
+    return jax.device_put(jax.device_get(array))
 
 
 def _lines(found: Sequence[str]) -> str:

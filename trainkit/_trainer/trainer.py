@@ -75,8 +75,9 @@ class Trainer(Asking):
             rounding the results are those of 1.
         cpu_settings: on a CPU, let the allocator of glibc keep what XLA frees, and let `"auto"` try XLA's other
             scheduler. The environment variable `TRAINKIT_CPU_SETTINGS=0` turns it off as well.
-        keep_compiled: keep compiled programs in `logdir`, so that the same command started again does not wait
-            for the compiler; a cache that JAX was already given is used instead.
+        keep_compiled: keep compiled programs in the user's cache, `$XDG_CACHE_HOME/trainkit`, so that neither the same
+            command started again nor another run of the same program waits for the compiler; a cache that JAX was
+            already given is used instead.
         overwrite: a `logdir` that holds another run is refused; True removes that run when the first fit begins: the
             files that trainkit wrote there, in the folders of its `Checkpoint`s too, and nothing else.
         interrupt: what follows when Ctrl-C has ended a fit and all is saved and closed: "return" the result, or
