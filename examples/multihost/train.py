@@ -81,7 +81,9 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
     parser.add_argument("--logdir", type=pathlib.Path, default="runs/multihost")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint, if there is one"
+    )
     args = parser.parse_args()
     join(args)
 

@@ -40,6 +40,7 @@ SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+SchedulerParameters=bf_interval=1,sched_interval=1
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/filetxt
@@ -91,7 +92,9 @@ class Slurm:
         words = self.ask("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: str, states: tuple[str, ...], seconds: float, *, restarts: int = 0) -> dict[str, str]:
+    def wait(
+        self, number: str, states: tuple[str, ...], seconds: float, *, restarts: int = 0
+    ) -> dict[str, str]:
         """Returns what is known of a job when it is in one of `states`, started again at least `restarts` times.
 
         Raises:
@@ -138,7 +141,9 @@ def cluster(folder: pathlib.Path) -> Iterator[Slurm]:
             # Tasks are children of daemons of their own, which outlive slurmd.
             subprocess.run(["scancel", "--user=root", "--signal=KILL", "--full"], env=slurm.env, timeout=60)
             subprocess.run(["scancel", "--user=root"], env=slurm.env, timeout=60)
-            _until(lambda: not slurm.ask("squeue", "--noheader", "--states=all", "--states=R,CG"), "jobs", folder)
+            _until(
+                lambda: not slurm.ask("squeue", "--noheader", "--states=all", "--states=R,CG"), "jobs", folder
+            )
 
 
 def _answers(slurm: Slurm) -> bool:

@@ -35,8 +35,8 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Returns the metrics of `state` over one pass of `source`, floats or NumPy arrays by name.
 
-    It is None where `interrupted`, given how many were done, said so between two batches. `wait` is given the state before anything waits for the
-    devices, so that it can be told from the evaluation how long the steps before it took.
+    It is None where `interrupted`, given how many calls were made, said so between two. `wait` is given the state
+    before anything waits for the devices, so that it can be told from the evaluation how long the steps before took.
 
     Raises:
         ValueError: the source is empty.

@@ -59,7 +59,11 @@ class Interrupts:
     @property
     def asked(self) -> bool:
         """Says whether there is anything to do when the running call ends."""
-        return self.received is not None or self._save_agreed or (self._alone and self._saves != self._saves_seen)
+        return (
+            self.received is not None
+            or self._save_agreed
+            or (self._alone and self._saves != self._saves_seen)
+        )
 
     def take_save(self) -> bool:
         """Says whether to save, as SIGUSR1 asks, and forgets it: what comes from now on asks for another save."""
@@ -76,7 +80,9 @@ class Interrupts:
         """
         number = 0 if self.noted is None else signal.Signals[self.noted].value
         # As two words: a float64 would be rounded to float32 on its way.
-        mine = np.array([*np.float64(seconds).reshape(1).view(np.uint32), number, self._take_noted()], np.uint32)
+        mine = np.array(
+            [*np.float64(seconds).reshape(1).view(np.uint32), number, self._take_noted()], np.uint32
+        )
         everyone = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, mine.size)
         numbers = [int(number) for number in everyone[:, 2] if number]
         self.received = signal.Signals(numbers[0]).name if numbers else None

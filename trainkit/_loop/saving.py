@@ -64,7 +64,9 @@ class Saving:
     def say_there_is_none(self) -> None:
         """Answers a signal to save where nothing saves, once."""
         if not self._said:
-            _LOG.warning("SIGUSR1: nothing was saved, for this fit has no tk.callbacks.Checkpoint(). It goes on.")
+            _LOG.warning(
+                "SIGUSR1: nothing was saved, for this fit has no tk.callbacks.Checkpoint(). It goes on."
+            )
         self._said = True
 
     def stand_back(self) -> None:
