@@ -38,7 +38,7 @@ def test_a_signal_to_one_of_two_processes_is_acted_on_by_both(tmp_path):
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()  # closes its pipe too
     first, second = (json.loads((tmp_path / f"{index}.json").read_text()) for index in range(2))
     assert first == second
     end = PER_EPOCH * EPOCHS

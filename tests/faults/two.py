@@ -65,7 +65,7 @@ def main():
     for name, sender in {
         "between steps": at(SIGNALLED, "SIGTERM"),
         "in an evaluation": Lambda(
-            tk.At(steps=(SIGNALLED,)), on_eval_start=one("SIGTERM"), on_step=one(None)
+            every=tk.At(steps=(SIGNALLED,)), on_eval_start=one("SIGTERM"), on_step=one(None)
         ),
         "too late": Lambda(every=tk.At(steps=(SIGNALLED,)), on_fit_end=one("SIGHUP"), on_step=one(None)),
         "saved": at(SIGNALLED, "SIGUSR1"),
