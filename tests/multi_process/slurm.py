@@ -120,7 +120,6 @@ def cluster(folder: pathlib.Path) -> Iterator[Slurm]:
     slurm, host = Slurm(folder), socket.gethostname().split(".")[0]
     for name in ("state", "spool", "munge"):
         (folder / name).mkdir(mode=0o755)
-    # A socket's path has 107 characters at most, and that of a test's folder can be longer.
     key = folder / "munge" / "key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
