@@ -36,8 +36,8 @@ IN_PART = $(strip $(ARGS) $(PYTEST_ADDOPTS) $(findstring i,$(firstword -$(MAKEFL
     $(filter-out VENV=% PYTHON=% WORKERS=%,$(MAKEOVERRIDES)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test tested quick lint types test-single test-multi coverage slow fused same faults format docs \
-    bench clean
+.PHONY: help demo test tested quick lint types test-single test-multi coverage slow slurm mpi fused same faults format \
+    docs bench clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -78,6 +78,12 @@ coverage: $(VENV)/.stamp-dev ## the same tests, with what they cover; takes a qu
 slow: $(VENV)/.stamp-dev ## the tests marked slow, which `make test` leaves out
 	$(MULTI_DEVICE_ENV) $(BIN)/python -m pytest -m slow tests/multi_device $(ARGS)
 	$(BIN)/python -m pytest -m slow --ignore=tests/multi_device $(ARGS)
+
+slurm: $(VENV)/.stamp-dev ## the example under a SLURM cluster that this starts and stops; wants root, slurm-wlm and munge
+	$(BIN)/python -m pytest -rs -m slow tests/multi_process/test_slurm.py $(ARGS)
+
+mpi: $(VENV)/.stamp-dev ## the example under Open MPI; wants openmpi-bin
+	$(BIN)/python -m pytest -rs -m slow tests/multi_process/test_mpi.py $(ARGS)
 
 fused: $(VENV)/.stamp-dev ## the tests once more, with seven training steps in one call wherever a test leaves that open
 	TRAINKIT_TEST_STEPS_PER_CALL=7 $(PYTEST) --ignore=tests/multi_device $(ARGS)

@@ -3,11 +3,16 @@
 python examples/multihost/train.py                      one process on all devices of this machine
 srun python examples/multihost/train.py                 as many as SLURM (or Open MPI) starts
 python examples/multihost/train.py --coordinator host:port --num-processes 2 --process-id 0     by hand
+
+Ends with 0 when all is trained, and with 75 when a signal ended it before: all is saved then, and the same command with
+--resume does the rest.
 """
 
 import argparse
 import os
 import pathlib
+import signal
+import sys
 
 import flax
 import jax
@@ -66,7 +71,8 @@ def load() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     return {"image": image[360:], "label": label[360:]}, {"image": image[:360], "label": label[:360]}
 
 
-def main() -> None:
+def main() -> int:
+    """Returns the exit code, the same on every process."""
     parser = argparse.ArgumentParser(description="Trains on digits with any number of processes.")
     parser.add_argument("--coordinator", help="host:port of process 0, where no launcher tells")
     parser.add_argument("--num-processes", type=int)
@@ -75,6 +81,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
     parser.add_argument("--logdir", type=pathlib.Path, default="runs/multihost")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint, if there is one"
+    )
     args = parser.parse_args()
     join(args)
 
@@ -83,17 +92,27 @@ def main() -> None:
         MLP(),
         optax.adam(1e-3),
         logdir=args.logdir,
-        callbacks=[tk.callbacks.EMA(0.98), tk.callbacks.Progress()],
+        callbacks=[
+            tk.callbacks.EMA(0.98),
+            tk.callbacks.Progress(),
+            # And when the fit ends, by a signal too, and when SIGUSR1 asks for it.
+            tk.callbacks.Checkpoint(tk.Every(seconds=300)),
+        ],
     )
     result = trainer.fit(
         tk.data.Arrays(train, args.batch_size, shuffle=True),
         epochs=args.epochs,
         eval_data=tk.data.Arrays(test, args.batch_size),
+        resume=args.resume,
     )
-    scores = trainer.evaluate(tk.data.Arrays(test, args.batch_size))
     here = f"process {jax.process_index()} of {jax.process_count()}"
+    if result.stopped_by in signal.Signals.__members__:
+        print(f"{here}: {result.stopped_by} at step {result.step}, saved")
+        return os.EX_TEMPFAIL
+    scores = trainer.evaluate(tk.data.Arrays(test, args.batch_size))
     print(f"{here}: step {result.step}, test " + ", ".join(f"{name} {scores[name]:.4f}" for name in scores))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

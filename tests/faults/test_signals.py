@@ -1,9 +1,11 @@
-"""SIGTERM and Ctrl-C at every phase of a fit: it saves and ends, and the next run does the rest."""
+"""SIGTERM, SIGHUP and Ctrl-C at every phase of a fit: it saves and ends, and the next run does the rest."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -14,6 +16,7 @@ import trainkit.checkpoint._orbax
 from tests.faults.kill import ROOT, campaign
 from tests.faults.small import STEPS, check_whole, fit, make, steps
 from tests.helpers.weight import Weight, WeightTrainer, numbers
+from trainkit._loop import interrupts
 from trainkit.callbacks import Callback, Lambda
 
 
@@ -66,14 +69,20 @@ PHASES = {
 @pytest.fixture
 def handlers():
     """Fails where a fit leaves other handlers behind than it found."""
-    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.getsignal(one) for one in ours]
     yield
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(one) for one in ours] == before
 
 
 @pytest.mark.parametrize(
     ("phase", "name"),
-    [*((phase, "SIGTERM") for phase in PHASES), ("training", "SIGINT"), ("closing", "SIGINT")],
+    [
+        *((phase, "SIGTERM") for phase in PHASES),
+        ("training", "SIGINT"),
+        ("training", "SIGHUP"),
+        ("closing", "SIGINT"),
+    ],
 )
 def test_a_signal_saves_and_ends_the_fit(tmp_path, handlers, phase, name):
     sender, step = PHASES[phase]
@@ -202,6 +211,65 @@ def test_a_signal_from_another_process(tmp_path):
     assert (process.returncode, stdout) == (0, "SIGTERM 7\n"), stderr
     assert steps(tmp_path)[-1] == 7
     check_whole(tmp_path, fit(make(tmp_path, Lambda())))
+
+
+SEARCH = """
+import pathlib, sys
+from tests.faults.small import fit, make
+from trainkit.callbacks import Lambda
+
+def wait(info):
+    if info.step == 7 and info.logdir.name == "1":
+        print("ready", flush=True)
+        sys.stdin.readline()
+
+for trial in range(100):
+    logdir = pathlib.Path(sys.argv[1], str(trial))
+    fit(make(logdir, Lambda(on_step=wait), interrupt="raise"))
+"""
+
+
+def test_one_ctrl_c_ends_a_search_over_trainers_with_everything_saved(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SEARCH, tmp_path],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate("\n", timeout=120)
+    # As of any program that Ctrl-C ended, so that the shell's own loop ends too.
+    assert process.returncode == -signal.SIGINT, stderr
+    assert stderr.endswith("KeyboardInterrupt: Ctrl-C ended the fit; its result is in .result\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    assert (steps(tmp_path / "0")[-1], steps(tmp_path / "1")[-1]) == (STEPS, 7)
+    for trial in ("0", "1"):
+        check_whole(tmp_path / trial, fit(make(tmp_path / trial, Lambda())))
+
+
+@pytest.mark.parametrize("fits", [1, 3])
+def test_a_fit_in_another_thread_says_once_that_it_hears_no_signal(
+    tmp_path, handlers, monkeypatch, caplog, fits
+):
+    monkeypatch.setattr(interrupts, "_warned_of_thread", threading.Event())
+
+    def search():
+        for number in range(fits):
+            check_whole(tmp_path / str(number), fit(make(tmp_path / str(number))))
+        done.append(number)
+
+    done = []
+    thread = threading.Thread(target=search, name="search")
+    thread.start()
+    thread.join()
+    assert done == [fits - 1]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    for words in ("'search'", "SIGTERM", "SIGUSR1", "main thread", "tk.Save()", "tk.Stop(reason)"):
+        assert words in record.getMessage()
 
 
 @pytest.mark.slow

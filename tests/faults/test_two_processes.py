@@ -1,4 +1,4 @@
-"""Two processes of which one gets a signal: both end at the same step, save, and go on as if nothing had been."""
+"""Two processes of which one gets a signal: both do the same at the same step, and go on as if nothing had been."""
 
 import json
 import os
@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 from tests.faults.kill import ROOT, environment
-from tests.faults.two import STOPPED
+from tests.faults.two import EPOCHS, EVALUATED, PER_EPOCH, STOPPED
 from tests.helpers.runs import scalars_of
 
 
-def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
+def test_a_signal_to_one_of_two_processes_is_acted_on_by_both(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -38,11 +38,17 @@ def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()  # closes its pipe too
     first, second = (json.loads((tmp_path / f"{index}.json").read_text()) for index in range(2))
     assert first == second
-    _, *ended, _ = first["broken off"]
-    assert ended == [STOPPED, 6, "SIGTERM"]
-    assert first["steps"] == [50, STOPPED]
-    assert first["resumed"] == first["whole"]
-    assert scalars_of(tmp_path / "logs") == scalars_of(tmp_path / "whole")
+    end = PER_EPOCH * EPOCHS
+    for name, ended, saved in (
+        ("between steps", [STOPPED, 6, "SIGTERM"], [50, STOPPED]),
+        ("in an evaluation", [EVALUATED, 3, "SIGTERM"], [25, EVALUATED]),
+        ("too late", [end, EPOCHS, "SIGHUP"], [50, end]),
+        ("saved", [end, EPOCHS, None], [STOPPED, end]),
+    ):
+        (_, *result, _), steps, last = first[name]
+        assert (name, result, steps) == (name, ended, saved)
+        assert (name, last) == (name, first["whole"])
+        assert scalars_of(tmp_path / name) == scalars_of(tmp_path / "whole")

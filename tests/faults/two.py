@@ -1,7 +1,8 @@
 """What each of two processes runs: `python -m tests.faults.two INDEX PORT FOLDER`.
 
-Three fits: one that nothing happens to, one in which the second process alone gets SIGTERM, and one that goes on
-with that. Owns these fits; the test starts the processes and compares what they leave in FOLDER.
+One fit that nothing happens to, and others in which the second process alone gets a signal: SIGTERM between steps, in
+an evaluation and after the processes met for the last time, each with one that goes on with it; and SIGUSR1. Owns these
+fits; the test starts the processes and compares what they leave in FOLDER.
 """
 
 import json
@@ -18,8 +19,8 @@ from tests.helpers.weight import numbers, trainer, weight
 from tests.multi_process.worker import HEARTBEAT, SHUTDOWN
 from trainkit.callbacks import Checkpoint, Lambda, LogMetrics
 
-# Processes agree on signals every 32 steps.
-PER_EPOCH, EPOCHS, SIGNALLED, STOPPED = 12, 6, 40, 64
+# Processes agree on signals every 32 steps, and every 32 batches of an evaluation.
+PER_EPOCH, EPOCHS, EVALUATED, BATCHES, SIGNALLED, STOPPED = 12, 6, 30, 40, 61, 64
 
 
 def fit(logdir, *extra):
@@ -31,8 +32,8 @@ def fit(logdir, *extra):
     result = made.fit(
         tk.data.Arrays(rows, 4, shuffle=True, seed=1),
         epochs=EPOCHS,
-        eval_data=numbers(7),
-        eval_every=tk.Every(steps=30),
+        eval_data=numbers(*[7] * BATCHES),
+        eval_every=tk.Every(steps=EVALUATED),
         resume=True,
     )
     return [weight(result.state), result.step, result.epoch, result.stopped_by, dict(result.history)]
@@ -49,14 +50,29 @@ def main():
         shutdown_timeout_seconds=SHUTDOWN,
     )
 
-    def signal_one(info):
-        if index == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def one(name):
+        def send(info):
+            if index == 1 and name is not None:
+                os.kill(os.getpid(), signal.Signals[name])
 
-    found = {"whole": fit(folder / "whole")}
-    found["broken off"] = fit(folder / "logs", Lambda(every=tk.At(steps=(SIGNALLED,)), on_step=signal_one))
-    found["steps"] = [info.step for info in tk.checkpoint.verify(folder / "logs") if not info.problems]
-    found["resumed"] = fit(folder / "logs", Lambda())
+        return send
+
+    def at(step, name):
+        return Lambda(every=tk.At(steps=(step,)), on_step=one(name))
+
+    # A callback that is due looks at the metrics, so that their float32 sums begin anew: there is one in each run.
+    found = {"whole": fit(folder / "whole", at(SIGNALLED, None))}
+    for name, sender in {
+        "between steps": at(SIGNALLED, "SIGTERM"),
+        "in an evaluation": Lambda(
+            every=tk.At(steps=(SIGNALLED,)), on_eval_start=one("SIGTERM"), on_step=one(None)
+        ),
+        "too late": Lambda(every=tk.At(steps=(SIGNALLED,)), on_fit_end=one("SIGHUP"), on_step=one(None)),
+        "saved": at(SIGNALLED, "SIGUSR1"),
+    }.items():
+        found[name] = [fit(folder / name, sender)]
+        found[name].append([info.step for info in tk.checkpoint.verify(folder / name) if not info.problems])
+        found[name].append(fit(folder / name, at(SIGNALLED, None)))
     (folder / f"{index}.json").write_text(json.dumps(found))
 
 

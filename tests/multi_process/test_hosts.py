@@ -32,3 +32,15 @@ def test_a_signal_is_acted_on_at_once_by_a_process_alone(alone):
         os.kill(os.getpid(), signal.SIGTERM)
     assert interrupts.noted == "SIGTERM"
     assert interrupts.received == ("SIGTERM" if alone else None)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_sigusr1_asks_is_done_once_and_of_several_when_they_have_agreed(alone):
+    interrupts = Interrupts(alone=alone)
+    with interrupts.listening():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert interrupts.asked is alone
+    if not alone:
+        assert interrupts.agree(0.1) == 0.1  # this process is all there are
+    assert (interrupts.noted, interrupts.asked) == (None, True)
+    assert [interrupts.take_save(), interrupts.take_save(), interrupts.asked] == [True, False, False]

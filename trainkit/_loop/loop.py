@@ -25,7 +25,7 @@ from trainkit._feed.intake import Intake, RowIntake, intake_of
 from trainkit._feed.stream import Stream
 from trainkit._loop.dispatch import Dispatcher, before_checkpoints, checkpoints, guards
 from trainkit._loop.evaluate import evaluate
-from trainkit._loop.interrupts import Interrupts, agree
+from trainkit._loop.interrupts import Interrupts
 from trainkit._loop.record import Record
 from trainkit._loop.request import LAST_STEP, Request, refuse_overflow
 from trainkit._loop.result import FitResult, summarized
@@ -42,8 +42,8 @@ from trainkit.writers._writer import MetricWriter
 _LOG = logging.getLogger("trainkit")
 # Carried float32 sums and int32 counts are handed to the host at least this often, and merged there in float64.
 _SEGMENT = Every(steps=512)
-# How often several processes agree on the time and on signals: each time costs a round trip.
-_MEETING = Every(steps=32)
+# Steps, or batches of an evaluation, after which several processes agree on the time and on signals, at a round trip.
+_MEETING = 32
 
 
 class Loop:
@@ -148,6 +148,8 @@ class Loop:
                 errors[0].add_note(f"close of a callback raised as well: {other!r}")
             raise errors[0]
         step = int(standing.raw.step)  # waits for it
+        if self._together:
+            self._meet()
         seconds, timing = self._watch.read()
         return FitResult(
             state=standing.state,
@@ -155,7 +157,7 @@ class Loop:
             epoch=standing.position.epoch,
             seconds=seconds,
             # A signal that came after the last step was not acted upon, and is not to be swallowed.
-            stopped_by=standing.stopped_by or self._interrupts.noted,
+            stopped_by=standing.stopped_by or self._interrupts.received,
             history=self._history,
             timing=timing,
             metrics=summarized(self._history, self._told.direction),
@@ -183,12 +185,11 @@ class Loop:
         if ahead:
             chores.append(Chore(Every(steps=ahead), lambda: jax.block_until_ready(self._metrics.packed)))
         if self._together:
-            chores.append(Chore(_MEETING, self._meet))
+            chores.append(Chore(Every(steps=_MEETING), self._meet))
         return chores
 
     def _meet(self) -> None:
-        seconds = self._clock() - self._started
-        self._agreed_seconds, self._interrupts.received = agree(seconds, self._interrupts.noted)
+        self._agreed_seconds = self._interrupts.agree(self._clock() - self._started)
 
     def _seconds(self) -> float:
         """Returns the seconds since the fit began, the same on every process."""
@@ -282,7 +283,7 @@ class Loop:
                     self._at_step(pass_done=False)  # the step was done, and what is due after it is told
                 raise
             rung = alarm < NEVER and clock() >= alarm
-            if standing.step >= due or not more or rung or interrupts.received:
+            if standing.step >= due or not more or rung or interrupts.asked:
                 if not more:
                     position.batch = 0
                 calls.pause()
@@ -395,13 +396,17 @@ class Loop:
         state = self._engine.averaged(self.standing.state)
         metrics: dict[str, Any] = {}
         for name, source in self._request.evaluations.items():
-            values = evaluate(
-                self._engine, state, source, lambda: self._interrupts.received is not None, self._wait_for
-            )
+            values = evaluate(self._engine, state, source, self._asked_in_evaluation, self._wait_for)
             if values is None:
                 return None
             metrics |= {f"{name}/{metric}": value for metric, value in values.items()}
         return metrics
+
+    def _asked_in_evaluation(self, batches: int) -> bool:
+        """Says whether a signal breaks the evaluation off after that many batches; processes meet there too."""
+        if self._together and batches and batches % _MEETING == 0:
+            self._meet()
+        return self._interrupted
 
     def _wait_for(self, tree: PyTree) -> None:
         """Waits for arrays of the training steps, where something is to wait for them anyway."""
@@ -411,7 +416,10 @@ class Loop:
     # Saving and going back ------------------------------------------------------------------------------------
 
     def _save(self, *, everyone: bool = False) -> None:
-        keepers = self._saving.due(everyone=everyone or self._finished())
+        asked = self._interrupts.take_save()
+        keepers = self._saving.due(everyone=everyone or asked or self._finished())
+        if asked and not keepers:
+            self._saving.say_there_is_none()
         if keepers:
             self._dispatch.call("on_save")
         if self.standing.rollback is not None:

@@ -43,6 +43,7 @@ class Saving:
         self._engine, self._request, self._standing = engine, request, standing
         self._metrics, self._record, self._calls = metrics, record, calls
         self._keepers = [one for one in request.callbacks if isinstance(one, Checkpoint)]
+        self._said = False
 
     def due(self, *, everyone: bool) -> list[Checkpoint]:
         """Returns what is to save after this step, and forgets that it was asked to."""
@@ -59,6 +60,14 @@ class Saving:
         """
         for keeper in keepers:
             keeper.save(self._standing.step, lambda labels: self._contents(labels, place, interrupted))
+
+    def say_there_is_none(self) -> None:
+        """Answers a signal to save where nothing saves, once."""
+        if not self._said:
+            _LOG.warning(
+                "SIGUSR1: nothing was saved, for this fit has no tk.callbacks.Checkpoint(). It goes on."
+            )
+        self._said = True
 
     def stand_back(self) -> None:
         """Has every checkpoint end at the step to which the run went back at its end."""

@@ -180,9 +180,11 @@ class Trainer(Asking):
     ) -> FitResult:
         """Trains, and returns what came of it. A second call continues where the first ended.
 
-        SIGTERM and Ctrl-C let the running step finish, close everything and return with `stopped_by` set; a
-        second Ctrl-C raises KeyboardInterrupt at once. Of several processes one signal ends all, at the same
-        step: they agree every 32 steps, on signals and on the time of `Every(seconds=...)`.
+        SIGTERM, SIGHUP and Ctrl-C let the running step finish, save, close everything and return with `stopped_by`
+        set; a second Ctrl-C raises KeyboardInterrupt at once. SIGUSR1 saves and goes on. A program's own handlers of
+        SIGHUP and SIGUSR1 are left alone; in another thread than the main one no signal is heard. Of several processes
+        one signal does it on all, at the same step: they agree every 32 steps, on signals and on the time of
+        `Every(seconds=...)`.
 
         Args:
             data: `tk.data.Arrays`, any other source or re-iterable of batches, or a function returning an iterator.
