@@ -1,5 +1,6 @@
 """Files of the newest checkpoint cut short, changed or gone: said so, and the run goes on from the one before."""
 
+import json
 import logging
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 
 import trainkit as tk
 from tests.faults.small import Raises, check_whole, fit, make, steps
+from trainkit.checkpoint._manifest import write_manifest
 
 
 def truncate(path):
@@ -156,3 +158,34 @@ def test_restore_names_the_damage_and_takes_the_newest_whole_one(logdir, caplog)
     # It only reads: the damaged one is where it was.
     assert (logdir / "checkpoints" / "8").is_dir()
     assert not tmp.exists()
+
+
+def forge(logdir, name, change):
+    """Changes a document of the newest checkpoint, and its list of files with it."""
+    folder = logdir / "checkpoints" / "8"
+    document = json.loads((folder / name).read_text())
+    change(document)
+    (folder / name).write_text(json.dumps(document))
+    write_manifest(folder)
+
+
+FORGED = {
+    "no arrays": ("meta.json", lambda meta: meta.pop("arrays")),
+    "arrays of another form": ("meta.json", lambda meta: meta["arrays"].update(step=3)),
+    "a negative size": ("meta.json", lambda meta: meta["arrays"].update(step=["int32", [-1]])),
+    "no form": ("meta.json", lambda meta: meta.update(plain="yes")),
+    "scores that are no numbers": ("meta.json", lambda meta: meta.update(scores={"eval/loss": "low"})),
+    "no values": ("host.json", lambda host: host.pop("values")),
+    "values of another type": ("host.json", lambda host: host["values"].update(epoch="one")),
+    "values too few": ("host.json", lambda host: host["values"].pop("batch")),
+    "values too many": ("host.json", lambda host: host["values"].update(more=1)),
+    "arrays that are not there": ("host.json", lambda host: host.update(extra={"0": ["float32", [3]]})),
+}
+
+
+@pytest.mark.parametrize("how", FORGED)
+def test_what_no_run_has_written_is_damage_even_where_its_checksum_is_right(logdir, how, caplog):
+    forge(logdir, *FORGED[how])
+    with caplog.at_level(logging.WARNING, "trainkit"):
+        check_whole(logdir, fit(make(logdir)))
+    assert any("the checkpoint of step 8 is damaged" in record.getMessage() for record in caplog.records)

@@ -130,7 +130,8 @@ def _keep(
     if state is not None:
         store = Store(folder / _STATE)
         labels = {"scores": {}, "best": None, "metadata": {}}
-        store.save(step - 1, Contents(arrays_of(state)[0], {}, {**meta_of(state, step - 1), **labels}, {}))
+        saved, spec = arrays_of(state)
+        store.save(step - 1, Contents(saved, {}, {**meta_of(state, spec, step - 1), **labels}, {}))
         store.close()
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from trainkit._resume.saved import problems
 from trainkit.checkpoint._retention import Best
 from trainkit.checkpoint._store import FOLDER, META, Store
 
@@ -49,7 +50,7 @@ def choose(path: str | os.PathLike[str], step: int | str) -> tuple[Store, int]:
         raise FileNotFoundError(
             f"{folder} has no checkpoint of step {step}; it has those of {', '.join(map(str, steps))}."
         )
-    damaged = store.problems(step)
+    damaged = problems(store, step)
     if damaged:
         raise ValueError(f"the checkpoint of step {step} in {folder} is damaged: {'; '.join(damaged)}.")
     return store, step
@@ -112,7 +113,7 @@ def _newest_whole(store: Store, rename: bool) -> int | None:
     steps = store.steps()
     damaged = {}
     for step in reversed(steps):
-        found = store.problems(step)
+        found = problems(store, step)
         if not found:
             for bad, why in damaged.items():
                 _LOG.warning("the checkpoint of step %d is damaged: %s.", bad, "; ".join(why))

@@ -14,7 +14,7 @@ from trainkit._core.state import TrainState
 from trainkit._resume.restore import arrays_of, is_plain, keys_of
 from trainkit._version import __version__
 from trainkit.checkpoint._encoding import decode, encode
-from trainkit.checkpoint._store import Contents, Store
+from trainkit.checkpoint._store import META, Contents, Store, are_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,30 +71,48 @@ def contents_of(state: TrainState, saved: Saved, labels: Mapping[str, Any]) -> C
         saved: the rest of the run.
         labels: JSON for lists of checkpoints: `scores`, `best` and the user's `metadata`.
     """
-    arrays, _ = arrays_of(state)
+    arrays, spec = arrays_of(state)
     extra: dict[str, jax.Array | np.ndarray] = {}
     host = {
         field.name: encode(getattr(saved, field.name), extra, field.name)
         for field in dataclasses.fields(saved)
     }
-    return Contents(arrays, extra, {**meta_of(state, saved.step), **labels}, host)
+    return Contents(arrays, extra, {**meta_of(state, spec, saved.step), **labels}, host)
 
 
-def meta_of(state: TrainState, step: int) -> dict[str, Any]:
+def meta_of(state: TrainState, spec: Mapping[str, Any], step: int) -> dict[str, Any]:
     """Returns what `Contents.meta` says of a train state, from which it can be restored.
 
     Args:
         state: the train state.
+        spec: of its arrays, from `arrays_of`.
         step: updates completed.
     """
     return {
         "step": step,
         "time": time.time(),
         "versions": {"trainkit": __version__, "jax": jax.__version__},
-        "arrays": arrays_of(state)[1],
+        "arrays": spec,
         "plain": is_plain(state.variables),
         "keys": keys_of(state),
     }
+
+
+def problems(store: Store, step: int) -> list[str]:
+    """Returns what is wrong with a checkpoint of a run, one line each: with its files, then with what they say."""
+    found = store.problems(step)
+    if found:
+        return found
+    try:
+        meta = store.meta(step)
+        if not (are_arrays(meta.get("arrays")) and type(meta.get("plain")) is bool):
+            return [f"{META}: does not say which arrays the state has"]
+        # Of several processes one alone can't have Orbax read; they find out together, later.
+        if jax.process_count() == 1:
+            load_saved(store, step)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    return []
 
 
 def load_saved(store: Store, step: int) -> Saved:
