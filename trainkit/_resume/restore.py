@@ -240,7 +240,7 @@ def _load(engine: Engine, store: Store, step: int, template: TrainState) -> Trai
             shardings,
         )
     named = {name: leaf for name, leaf in named_leaves(targets) if leaf.size}
-    arrays = store.load_state(step, named)
+    arrays = dict(store.load_state(step, named))
 
     def value(path: tuple[Any, ...], leaf: Any) -> Any:
         if not leaf.size:
