@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from trainkit._core.arrays import dtype_of, shape_of
 from trainkit._core.atomic import write_atomic
 from trainkit._core.files import check_regular, remove
 from trainkit._core.tree import flat, nested
@@ -272,7 +273,8 @@ class Store:
         from trainkit.checkpoint._orbax import read
 
         target = {
-            name: np.empty(shape, jax.numpy.dtype(dtype)) for name, (dtype, shape) in host["extra"].items()
+            name: jax.ShapeDtypeStruct(shape_of(shape), dtype_of(dtype))
+            for name, (dtype, shape) in host["extra"].items()
         }
         return host["values"], read(folder, _EXTRA, target)
 
