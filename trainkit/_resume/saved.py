@@ -143,7 +143,20 @@ def _saved(host: Any, extra: Mapping[str, np.ndarray]) -> Saved:
     for name, hint in typing.get_type_hints(Saved).items():
         if name in values and not _is_a(hint, values[name]):
             raise ValueError(f"{name} is of type {type(values[name]).__name__}")
+    for name, series in values["history"].items():
+        if not _is_series(series):
+            raise ValueError(f"the history of {name!r:.40} is no series")
     return Saved(**values)
+
+
+def _is_series(value: Any) -> bool:
+    """Says whether a value has the steps and values of one name in a history."""
+    if not isinstance(value, dict):
+        return False
+    steps, values = value.get("steps"), value.get("values")
+    if not (isinstance(steps, np.ndarray) and isinstance(values, np.ndarray)):
+        return False
+    return steps.ndim == 1 and steps.shape == values.shape and steps.dtype.kind == "i"
 
 
 def _is_a(hint: Any, value: Any) -> bool:
