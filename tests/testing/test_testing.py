@@ -109,6 +109,7 @@ def test_broken_strategies(broken, message):
 
 # Callbacks --------------------------------------------------------------------------------------------------
 
+
 class Counter(tk.callbacks.Callback):
     def __init__(self):
         self.seen = 0
