@@ -156,8 +156,7 @@ class Loop:
             step=step,
             epoch=standing.position.epoch,
             seconds=seconds,
-            # A signal that came after the last step was not acted upon, and is not to be swallowed.
-            stopped_by=standing.stopped_by or self._interrupts.received,
+            stopped_by=standing.stopped_by,
             history=self._history,
             timing=timing,
             metrics=summarized(self._history, self._told.direction),

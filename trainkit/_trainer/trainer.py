@@ -232,8 +232,9 @@ class Trainer(Asking):
             set_up_cpu(self._engine.steps, lambda: first_spec(source))
         if self._dry_run is not None:
             with tempfile.TemporaryDirectory(prefix="trainkit-dry-run-") as folder:
-                return fit(self._engine, self._run, request.as_dry_run(self._dry_run, pathlib.Path(folder)))
-        result = fit(self._engine, self._run, request)
+                result = fit(self._engine, self._run, request.as_dry_run(self._dry_run, pathlib.Path(folder)))
+        else:
+            result = fit(self._engine, self._run, request)
         if self._interrupt == "raise" and result.stopped_by == "SIGINT":
             raise with_result(KeyboardInterrupt("Ctrl-C ended the fit; its result is in .result"), result)
         return result
