@@ -7,7 +7,7 @@ evaluation; then the checkpoint says what is owed, and the fit that goes on with
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from trainkit._feed.stream import Stream
 from trainkit._loop.dispatch import Dispatcher, before_checkpoints, checkpoints, guards
 from trainkit._loop.evaluate import evaluate
 from trainkit._loop.interrupts import Interrupts
+from trainkit._loop.meetings import EVERY, Meetings
 from trainkit._loop.record import Record
 from trainkit._loop.request import LAST_STEP, Request, refuse_overflow
 from trainkit._loop.result import FitResult, summarized
@@ -42,8 +43,6 @@ from trainkit.writers._writer import MetricWriter
 _LOG = logging.getLogger("trainkit")
 # Carried float32 sums and int32 counts are handed to the host at least this often, and merged there in float64.
 _SEGMENT = Every(steps=512)
-# Steps, or batches of an evaluation, after which several processes agree on the time and on signals, at a round trip.
-_MEETING = 32
 
 
 class Loop:
@@ -82,8 +81,8 @@ class Loop:
         self._metrics = TrainMetrics(self._prepared.accumulator, self._prepared.empty, self._wait_for)
         self._record = Record(request.callbacks, writer, history, self._metrics)
         self._epoch_reader = self._metrics.reader("epoch")
-        self._started, self._agreed_seconds = self._clock(), 0.0
-        self._together = engine.strategy.processes > 1
+        self._started, self._together = self._clock(), engine.strategy.processes > 1
+        self._meetings = Meetings(interrupts, self._since, self.standing.step, together=self._together)
         self._told = Told(
             engine,
             request,
@@ -91,7 +90,7 @@ class Loop:
             self._metrics,
             self._prepared.accumulator,
             self._record,
-            lambda: self._clock() - self._started,
+            self._since,
             watch,
         )
         self._dispatch = Dispatcher(request.callbacks, self._told.info, self._told.act)
@@ -149,15 +148,14 @@ class Loop:
             raise errors[0]
         step = int(standing.raw.step)  # waits for it
         if self._together:
-            self._meet()
+            self._meetings.meet(step)
         seconds, timing = self._watch.read()
         return FitResult(
             state=standing.state,
             step=step,
             epoch=standing.position.epoch,
             seconds=seconds,
-            # A signal that came after the last step was not acted upon, and is not to be swallowed.
-            stopped_by=standing.stopped_by or self._interrupts.received,
+            stopped_by=standing.stopped_by,
             history=self._history,
             timing=timing,
             metrics=summarized(self._history, self._told.direction),
@@ -185,15 +183,16 @@ class Loop:
         if ahead:
             chores.append(Chore(Every(steps=ahead), lambda: jax.block_until_ready(self._metrics.packed)))
         if self._together:
-            chores.append(Chore(Every(steps=_MEETING), self._meet))
+            chores.append(Chore(Every(steps=EVERY), lambda: self._meetings.meet(self.standing.step)))
         return chores
 
-    def _meet(self) -> None:
-        self._agreed_seconds = self._interrupts.agree(self._clock() - self._started)
+    def _since(self) -> float:
+        """Returns the seconds since the fit began."""
+        return self._clock() - self._started
 
     def _seconds(self) -> float:
         """Returns the seconds since the fit began, the same on every process."""
-        return self._agreed_seconds if self._together else self._clock() - self._started
+        return self._meetings.seconds if self._together else self._since()
 
     def _finished(self) -> bool:
         standing = self.standing
@@ -257,7 +256,7 @@ class Loop:
         standing, clock, interrupts = self.standing, self._watch.clock, self._interrupts
         position = standing.position
         more = self._begin_pass(intake)
-        due, alarm = self._due(), self._alarm()
+        due, alarm, meeting = self._due(), self._alarm(), self._meetings.next_step
         watch.turn("step")
         # Two looks at the clock a call are all that the steps pay for knowing how long they waited for data.
         waited, asked = 0.0, clock()
@@ -283,7 +282,7 @@ class Loop:
                     self._at_step(pass_done=False)  # the step was done, and what is due after it is told
                 raise
             rung = alarm < NEVER and clock() >= alarm
-            if standing.step >= due or not more or rung or interrupts.asked:
+            if standing.step >= due or not more or rung or standing.step >= meeting or interrupts.asked:
                 if not more:
                     position.batch = 0
                 calls.pause()
@@ -293,7 +292,7 @@ class Loop:
                 watch.turn("step")
                 if self._finished():
                     break
-                due, alarm = self._due(), self._alarm()
+                due, alarm, meeting = self._due(), self._alarm(), self._meetings.next_step
                 waited, asked = 0.0, clock()
                 if more:
                     calls.resume()
@@ -337,6 +336,8 @@ class Loop:
         epoch = self.standing.position.epoch if pass_done else None
         for chore in self._chores.take_due(self.standing.step, epoch, 0.0):
             chore.run()
+        if self.standing.step >= self._meetings.next_step:
+            self._meetings.meet(self.standing.step)
         self._stop_if_interrupted()
         now = self._seconds()
         steppers = self._steppers.take_due(self.standing.step, epoch, now)
@@ -396,17 +397,22 @@ class Loop:
         state = self._engine.averaged(self.standing.state)
         metrics: dict[str, Any] = {}
         for name, source in self._request.evaluations.items():
-            values = evaluate(self._engine, state, source, self._asked_in_evaluation, self._wait_for)
+            values = evaluate(self._engine, state, source, self._breaking_off(), self._wait_for)
             if values is None:
                 return None
             metrics |= {f"{name}/{metric}": value for metric, value in values.items()}
         return metrics
 
-    def _asked_in_evaluation(self, batches: int) -> bool:
-        """Says whether a signal breaks the evaluation off after that many batches; processes meet there too."""
-        if self._together and batches and batches % _MEETING == 0:
-            self._meet()
-        return self._interrupted
+    def _breaking_off(self) -> Callable[[int], bool]:
+        """Returns what says whether a signal breaks an evaluation off, given its batches done; processes meet there."""
+        look = self._meetings.during_evaluation() if self._together else None
+
+        def asked(batches: int) -> bool:
+            if look is not None:
+                look(batches)
+            return self._interrupted
+
+        return asked
 
     def _wait_for(self, tree: PyTree) -> None:
         """Waits for arrays of the training steps, where something is to wait for them anyway."""

@@ -183,8 +183,8 @@ class Trainer(Asking):
         SIGTERM, SIGHUP and Ctrl-C let the running step finish, save, close everything and return with `stopped_by`
         set; a second Ctrl-C raises KeyboardInterrupt at once. SIGUSR1 saves and goes on. A program's own handlers of
         SIGHUP and SIGUSR1 are left alone; in another thread than the main one no signal is heard. Of several processes
-        one signal does it on all, at the same step: they agree every 32 steps, on signals and on the time of
-        `Every(seconds=...)`.
+        one signal does it on all, at the same step: they agree every 32 steps, or every 10 seconds where steps are
+        slow, on signals and on the time of `Every(seconds=...)`.
 
         Args:
             data: `tk.data.Arrays`, any other source or re-iterable of batches, or a function returning an iterator.
@@ -241,8 +241,9 @@ class Trainer(Asking):
             set_up_cpu(self._engine.steps, lambda: first_spec(source))
         if self._dry_run is not None:
             with tempfile.TemporaryDirectory(prefix="trainkit-dry-run-") as folder:
-                return fit(self._engine, self._run, request.as_dry_run(self._dry_run, pathlib.Path(folder)))
-        result = fit(self._engine, self._run, request)
+                result = fit(self._engine, self._run, request.as_dry_run(self._dry_run, pathlib.Path(folder)))
+        else:
+            result = fit(self._engine, self._run, request)
         if self._interrupt == "raise" and result.stopped_by == "SIGINT":
             raise with_result(KeyboardInterrupt("Ctrl-C ended the fit; its result is in .result"), result)
         return result
