@@ -166,10 +166,10 @@ def test_a_signal_between_two_batches_of_an_evaluation(tmp_path, handlers):
 def test_ctrl_c_while_a_checkpoint_is_written_in_the_background(tmp_path, handlers, monkeypatch, times, step):
     listed = trainkit.checkpoint._orbax.write_manifest
 
-    def write_manifest(folder):
+    def write_manifest(folder, **options):
         if folder.name.startswith(f"{step}."):
             send("SIGINT", times)
-        listed(folder)
+        listed(folder, **options)
 
     monkeypatch.setattr(trainkit.checkpoint._orbax, "write_manifest", write_manifest)
     if times == 2:
