@@ -14,7 +14,8 @@ from trainkit._debug.failures import remove_failures
 from trainkit._loop.request import Request
 from trainkit._loop.run import Run
 from trainkit.callbacks._checkpoint import Checkpoint
-from trainkit.checkpoint._store import FOLDER, Store
+from trainkit.checkpoint._reading import FOLDER
+from trainkit.checkpoint._store import Store
 from trainkit.writers._left import logs_in, remove_logs
 from trainkit.writers._logdir import locked
 

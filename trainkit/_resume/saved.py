@@ -14,7 +14,8 @@ from trainkit._core.state import TrainState
 from trainkit._resume.restore import arrays_of, is_plain, keys_of
 from trainkit._version import __version__
 from trainkit.checkpoint._encoding import decode, encode
-from trainkit.checkpoint._store import META, Contents, Store, are_arrays
+from trainkit.checkpoint._reading import META, are_arrays
+from trainkit.checkpoint._store import Contents, Store
 
 
 @dataclasses.dataclass(frozen=True)

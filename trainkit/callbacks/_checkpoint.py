@@ -12,8 +12,9 @@ from trainkit._core.cadence import Cadence, Every, as_cadence
 from trainkit.callbacks._callback import Action, Callback, Phase, Save
 from trainkit.callbacks._info import Info
 from trainkit.callbacks._monitor import check_count
+from trainkit.checkpoint._reading import FOLDER
 from trainkit.checkpoint._retention import Best, Retention
-from trainkit.checkpoint._store import FOLDER, Contents, Store
+from trainkit.checkpoint._store import Contents, Store
 
 MakeContents = Callable[[Mapping[str, Any]], Contents]
 """`make(labels)` returns what is to be saved, with labels for lists; called only where something is."""

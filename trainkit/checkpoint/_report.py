@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import Any
 
-from trainkit.checkpoint._store import FOLDER, META, complete_steps, problems_of, read_meta
+from trainkit.checkpoint._reading import FOLDER, META, complete_steps, problems_of, read_meta
 
 
 @dataclasses.dataclass(frozen=True)
