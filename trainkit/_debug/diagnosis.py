@@ -7,8 +7,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import flax.core
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -81,7 +79,7 @@ def diagnose(
     impl, calls, leaves = key_impl(state), _Calls(), list[str]()
 
     def run(state: TrainState, batch: Batch, mask: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        with nn.intercept_methods(calls):
+        with steps.model.intercepting(calls):
             before = with_typed_key(state, impl)
             values = steps.attempt(before, batch, mask).told(before)
         found = not_finite(values)
@@ -106,21 +104,18 @@ class _Calls:
     """The calls of modules in a trace in order of completion, and what each told of its numbers when it ran."""
 
     def __init__(self) -> None:
-        self._root = "model"
         self._names: list[str] = []
         self._told: dict[int, tuple[bool, bool]] = {}
         self._lock = threading.Lock()
 
     def __call__(
-        self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
+        self, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        name = f"{self._path(context.module)} ({context.method_name})"
         result = method(*args, **kwargs)
-        if context.method_name != "setup":
-            self._names.append(name)
-            note = functools.partial(self._note, len(self._names) - 1)
-            # The one way out of vmap, grad, scan and remat alike.
-            jax.debug.callback(note, _all_finite((args, kwargs)), _all_finite(result))
+        self._names.append(name)
+        note = functools.partial(self._note, len(self._names) - 1)
+        # The one way out of vmap, grad, scan and remat alike.
+        jax.debug.callback(note, _all_finite((args, kwargs)), _all_finite(result))
         return result
 
     def first(self) -> tuple[str, bool] | None:
@@ -129,15 +124,6 @@ class _Calls:
             ((self._names[i], inputs) for i, (inputs, output) in sorted(self._told.items()) if not output),
             None,
         )
-
-    def _path(self, module: nn.Module) -> str:
-        root: Any = module
-        while isinstance(root.parent, nn.Module):
-            root = root.parent
-        # Lifted transformations cut the way up, and try modules as roots of scopes of their own kind.
-        if not root.path and type(root.parent) is flax.core.Scope:
-            self._root = type(root).__name__
-        return "/".join((self._root, *module.path))
 
     def _note(self, index: int, inputs: Any, output: Any) -> None:
         # Told several times where one trace runs for several examples, rounds of a scan, or devices, each of which

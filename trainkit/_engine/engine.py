@@ -331,6 +331,12 @@ class Engine:
         bare = with_raw_key(state.replace(opt_state=(), hooks={}))
         return (predict if axis is None else _as_only_replica(predict, axis)), bare
 
+    def module(self, state: TrainState) -> Any:
+        """Returns the module with copies of the variables in `state`."""
+        return self.steps.model.module(
+            copy_arrays(state.variables), jax.random.fold_in(state.rng, state.step)
+        )
+
     def averaged(self, state: TrainState) -> TrainState:
         """Returns `state` with the averaged weights in place where a callback keeps an average, else `state`."""
         memory = find_ema(state)

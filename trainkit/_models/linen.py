@@ -12,7 +12,7 @@ import jax
 
 from trainkit._core.typing import Variables
 from trainkit._models.casts import CastCalls, in_dtypes_of
-from trainkit._models.model import Model, ScopedFunction
+from trainkit._models.model import Interceptor, Model, ScopedFunction
 from trainkit._models.precision import Precision
 from trainkit._models.watch import Run, Watch, with_those_of, without
 
@@ -56,14 +56,14 @@ class LinenModel(Model):
             )
         if not isinstance(module, nn.Module):
             raise TypeError(f"model: expected a flax.linen.Module, got {type(module).__name__}.")
-        self.module, self._precision, self._watch = module, precision, Watch()
+        self._module, self._precision, self._watch = module, precision, Watch()
         self.apply_fn = module.apply
 
     def init(self, fn: ScopedFunction, rng: jax.Array, *args: Any) -> dict[str, Any]:
         def attempt(run: Run) -> Any:
             # What is sown is there to be read back, "intermediates" too, which init leaves out unless told.
             with _explained_first_call():
-                return nn.init(run.marking(fn), self.module, mutable=True)(run.keys(rng), *args)
+                return nn.init(run.marking(fn), self._module, mutable=True)(run.keys(rng), *args)
 
         return without(self._watch.settle("init", frozenset(), attempt), self._watch.sown)
 
@@ -74,9 +74,11 @@ class LinenModel(Model):
             fixed = flax.core.DenyList(("params", *run.fixed))
             given = without(variables, run.sown)
             if not self._precision.is_mixed:
-                return nn.apply(run.marking(fn), self.module, mutable=fixed)(given, *args, rngs=run.keys(rng))
+                return nn.apply(run.marking(fn), self._module, mutable=fixed)(
+                    given, *args, rngs=run.keys(rng)
+                )
             casts = CastCalls(self._precision)
-            apply = nn.apply(run.marking(casts.watching(fn)), self.module, mutable=fixed)
+            apply = nn.apply(run.marking(casts.watching(fn)), self._module, mutable=fixed)
             with nn.intercept_methods(casts):
                 return apply(given, *args, rngs=run.keys(rng))
 
@@ -88,3 +90,35 @@ class LinenModel(Model):
         if self._precision.is_mixed:
             carried = {name: in_dtypes_of(variables.get(name), value) for name, value in carried.items()}
         return result, carried
+
+    @contextlib.contextmanager
+    def intercepting(self, intercept: Interceptor) -> Iterator[None]:
+        paths = _Paths()
+
+        def call(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+            name = f"{paths.of(context.module)} ({context.method_name})"
+            if context.method_name == "setup":
+                return method(*args, **kwargs)
+            return intercept(name, method, args, kwargs)
+
+        with nn.intercept_methods(call):
+            yield
+
+    def module(self, variables: Variables, rng: jax.Array) -> Any:
+        return self._module.bind(variables, rngs=dict.fromkeys(self._watch.streams, rng))
+
+
+class _Paths:
+    """The paths of modules, which are found on the way up from them."""
+
+    def __init__(self) -> None:
+        self._root = "model"
+
+    def of(self, module: nn.Module) -> str:
+        root: Any = module
+        while isinstance(root.parent, nn.Module):
+            root = root.parent
+        # Lifted transformations cut the way up, and try modules as roots of scopes of their own kind.
+        if not root.path and type(root.parent) is flax.core.Scope:
+            self._root = type(root).__name__
+        return "/".join((self._root, *module.path))

@@ -4,6 +4,7 @@ Owns no state; another module system joins by one more subclass.
 """
 
 import abc
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,10 @@ from trainkit._core.typing import Variables
 
 ScopedFunction = Callable[..., Any]
 """A function whose first argument is the bound module."""
+
+
+Interceptor = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""`intercept(name, method, args, kwargs)` returns what the call gives; `name` is e.g. `CNN/Conv_0 (__call__)`."""
 
 
 class Model(abc.ABC):
@@ -33,3 +38,20 @@ class Model(abc.ABC):
         Returns:
             Its result, and the collections it may have changed, without values sown on the way.
         """
+
+    @abc.abstractmethod
+    def intercepting(self, intercept: Interceptor) -> contextlib.AbstractContextManager[None]:
+        """Has every call of a method of a module, while a function runs in its scope, go through `intercept`."""
+
+    @abc.abstractmethod
+    def module(self, variables: Variables, rng: jax.Array) -> Any:
+        """Returns the module with these variables, not training: for people to call."""
+
+    @property
+    def starts_from_arrays(self) -> bool:
+        """Whether the first parameters are given, and not computed."""
+        return False
+
+    def names(self) -> dict[str, tuple[str | None, ...]]:
+        """Returns the names of the mesh axes that divide the dimensions of a parameter, by path, where it says so."""
+        return {}

@@ -45,6 +45,11 @@ class Watch:
         self._drawn: set[str] = set()
         self._asked: set[str] = set()
 
+    @property
+    def streams(self) -> frozenset[str]:
+        """The key streams that runs drew from."""
+        return frozenset(self._drawn)
+
     def settle(self, mode: Mode, kept: frozenset[str], attempt: Callable[["Run"], Any]) -> Any:
         """Returns `attempt(run)` of the first run that had all streams and fresh values that it turned out to need.
 

@@ -58,7 +58,8 @@ class Forward:
         """Returns the variables that one call of the loss creates."""
         mask = self._strategy.example(self.real(batch, None))
         ctx = StepContext(train=True, step=jnp.zeros((), jnp.int32), rng=rng, mask=mask)
-        return self._model.init(self._checked_loss, rng, self._strategy.example(batch), ctx)
+        with self._strategy.context():
+            return self._model.init(self._checked_loss, rng, self._strategy.example(batch), ctx)
 
     def losses(
         self,
@@ -95,7 +96,10 @@ class Forward:
 
         def forward(variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array) -> Any:
             ctx = StepContext(train=False, step=step, rng=rng, mask=mask, params=variables["params"])
-            result, _ = self._model.apply(self._user.predict_step, variables, rng, batch, ctx, train=False)
+            with self._strategy.context():
+                result, _ = self._model.apply(
+                    self._user.predict_step, variables, rng, batch, ctx, train=False
+                )
             return result, {}, {}
 
         mapped = self._strategy.map_forward(forward)
@@ -121,7 +125,8 @@ class Forward:
         """Returns `fn(bound module, *args)` with the batch axis bound, of size 1 where rows are mapped over it."""
 
         def forward(variables: Any, *_: Any) -> Any:
-            return self._model.apply(fn, variables, rng, *args, train=False)[0], {}, {}
+            with self._strategy.context():
+                return self._model.apply(fn, variables, rng, *args, train=False)[0], {}, {}
 
         one_row, step = jnp.zeros((1,)), jnp.zeros((), jnp.int32)
         result = self._strategy.map_forward(forward)(variables, one_row, jnp.ones((1,), bool), step, rng)[0]
@@ -136,9 +141,10 @@ class Forward:
         self, train: bool, variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array
     ) -> Any:
         ctx = StepContext(train=train, step=step, rng=rng, mask=mask, params=variables["params"])
-        (losses, outputs), updated = self._model.apply(
-            self._checked_loss, variables, rng, batch, ctx, train=train
-        )
+        with self._strategy.context():
+            (losses, outputs), updated = self._model.apply(
+                self._checked_loss, variables, rng, batch, ctx, train=train
+            )
         # What was sown was for the loss to read back; the state carries the collections it began with.
         carried = {name: updated[name] for name in variables if train and name in updated}
         return losses, outputs, carried

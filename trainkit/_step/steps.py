@@ -34,7 +34,12 @@ from trainkit.parallel._strategy import Strategy
 
 
 class Steps:
-    """The pure steps of one trainer, for its model, optimizer, hooks and strategy."""
+    """The pure steps of one trainer, for its model, optimizer, hooks and strategy.
+
+    Attributes:
+        model: as given.
+        traces: what was traced.
+    """
 
     def __init__(
         self,
@@ -48,7 +53,7 @@ class Steps:
         accumulate: int,
         remat: bool | Callable[..., bool],
     ) -> None:
-        self._model, self._tx, self._strategy, self._user = model, tx, strategy, user
+        self.model, self._tx, self._strategy, self._user = model, tx, strategy, user
         self._forward = Forward(model, strategy, user, remat)
         self._hooks = (loss_scale_hook(), *hooks) if precision.scaled else hooks
         self._precision, self._accumulate, self._remat = precision, accumulate, remat
@@ -73,7 +78,7 @@ class Steps:
     def state_of(self, variables: Variables, rng: jax.Array) -> TrainState:
         """Returns the state at step 0 with these variables."""
         state = TrainState.from_variables(
-            apply_fn=self._model.apply_fn, variables=variables, tx=self._tx, rng=rng
+            apply_fn=self.model.apply_fn, variables=variables, tx=self._tx, rng=rng
         )
         return init_hooks(self._hooks, state)
 

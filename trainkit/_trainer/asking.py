@@ -126,6 +126,23 @@ class Asking(Overridable):
         return self._asked("apply").apply(fn, *args, weights=weights, rng=rng)
 
     @final
+    def module(self, weights: Literal["averaged", "ema", "live"] = "averaged") -> Any:
+        """Returns the trained module for people to call, not training: its arrays are copies.
+
+        Args:
+            weights: as for `evaluate`.
+
+        Returns:
+            For `flax.nnx` the module in `eval()` mode, whose key streams are those of the next step; for `flax.linen`
+            the bound module.
+
+        Raises:
+            RuntimeError: as for `evaluate`.
+        """
+        state = self._asked("module").weighted(weights)
+        return self._engine.module(state)
+
+    @final
     def _exportable(
         self, weights: Literal["averaged", "ema", "live"]
     ) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:

@@ -24,7 +24,7 @@ from trainkit._loop.questions import eval_sources, limited
 from trainkit._loop.request import Request
 from trainkit._loop.result import FitResult, with_result
 from trainkit._loop.run import FIT_INSTEAD, Run, restore
-from trainkit._models.linen import LinenModel
+from trainkit._models.choose import model_of
 from trainkit._models.precision import resolve_precision
 from trainkit._resume.restore import Restored
 from trainkit._step.forward import UserFunctions
@@ -123,7 +123,7 @@ class Trainer(Asking):
         dry_run: int | None = None,
     ) -> None:
         self._precision = resolve_precision(precision)
-        self._model = LinenModel(model, self._precision)
+        self._model = model_of(model, self._precision)
         if not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise TypeError(f"tx={tx!r}: expected an optax transformation, e.g. optax.adam(1e-3).")
         self._tx = tx
@@ -343,6 +343,7 @@ class Trainer(Asking):
     @final
     @functools.cached_property
     def _engine(self) -> Engine:
+        self._strategy = self._strategy.with_names(self._model.names())
         hooks = tuple(hook for callback in self._callbacks if (hook := callback.step_hook()) is not None)
         user = UserFunctions(
             loss=self.loss,

@@ -1,18 +1,24 @@
 """One program for all devices: what `Mesh` and `PerExample` share. Owns its compilation and the layout of states."""
 
 import abc
+import contextlib
+import copy
 import functools
+import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from trainkit._core.state import TrainState
 from trainkit._core.typing import Batch, Device, PyTree
-from trainkit.parallel._layout import BATCH_AXES, Layout, Rules, check_axes, make_mesh
+from trainkit.parallel._layout import AXES, BATCH_AXES, Layout, Rules, check_axes, make_mesh
 from trainkit.parallel._on_mesh import OnMesh
 from trainkit.parallel._strategy import Role
+
+_LOG = logging.getLogger("trainkit")
 
 
 class Spmd(OnMesh, abc.ABC):
@@ -31,6 +37,27 @@ class Spmd(OnMesh, abc.ABC):
                 raise ValueError(f"{name}={size!r}: must be an int of at least 1.")
         check_axes(rules)
         self._sizes, self._rules = dict(sizes), tuple(rules)
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+
+    def with_names(self, names: Mapping[str, tuple[str | None, ...]]) -> Self:
+        known = {path: tuple(one if one in AXES else None for one in spec) for path, spec in names.items()}
+        unknown = sorted({one for spec in names.values() for one in spec if one not in (None, *AXES)})
+        if unknown:
+            _LOG.warning(
+                "dimensions of parameters under the names %s are not divided: the mesh has the axes %s. To divide them "
+                "use these names, or Mesh(rules=).",
+                unknown,
+                AXES,
+            )
+        named = tuple((f"^{re.escape(path)}$", spec) for path, spec in known.items() if any(spec))
+        if not named:
+            return self
+        named_here = copy.copy(self)
+        vars(named_here).pop("_layout", None)
+        named_here._rules = (*named, *self._rules)
+        return named_here
 
     def _make_mesh(self, devices: tuple[Device, ...]) -> jax.sharding.Mesh:
         return make_mesh(self._sizes, devices)
