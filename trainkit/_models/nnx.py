@@ -198,10 +198,11 @@ def _maker(source: Any) -> Callable[[nnx.Rngs], Any]:
         if one.default is one.empty
     ]
     wanted = [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    make: Any = source
     if wanted == ["rngs"] or (not wanted and "rngs" in inspect.signature(source.__init__).parameters):
-        return lambda rngs: source(rngs=rngs)
+        return lambda rngs: make(rngs=rngs)
     if len(wanted) == 1:
-        return lambda rngs: source(rngs)
+        return lambda rngs: make(rngs)
     raise TypeError(
         f"model={source.__name__}: its constructor wants {', '.join(wanted) or 'nothing'}; give an object, "
         f"{source.__name__}(..., rngs=nnx.Rngs(0)), or a function of rngs that makes one: lambda rngs: "
