@@ -5,6 +5,17 @@ A new callback is one line here.
 
 import trainkit as tk
 
+
+class _Trial:
+    """What of Optuna's trials is asked for."""
+
+    def report(self, value, step):
+        pass
+
+    def should_prune(self):
+        return False
+
+
 REGISTRY = {
     "EMA": lambda: tk.callbacks.EMA(0.9),
     "EarlyStopping": lambda: tk.callbacks.EarlyStopping("eval/loss", mode="min", patience=50),
@@ -12,7 +23,10 @@ REGISTRY = {
     "LearningRate": lambda: tk.callbacks.LearningRate(schedule=lambda count: 0.1 / (1 + count)),
     "LogMetrics": lambda: tk.callbacks.LogMetrics(every=tk.Every(steps=3)),
     "NanGuard": lambda: tk.callbacks.NanGuard("skip"),
+    "OptunaPrune": lambda: tk.callbacks.OptunaPrune(_Trial(), "eval/loss"),
     "Progress": lambda: tk.callbacks.Progress(),
     "ReduceOnPlateau": lambda: tk.callbacks.ReduceOnPlateau("eval/loss", mode="min", patience=50),
+    "StopAfter": lambda: tk.callbacks.StopAfter(steps=1000),
+    "StopWhen": lambda: tk.callbacks.StopWhen("eval/loss", below=-1.0),
 }
 """Functions that make one, by name of the class."""

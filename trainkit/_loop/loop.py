@@ -91,7 +91,7 @@ class Loop:
             self._metrics,
             self._prepared.accumulator,
             self._record,
-            lambda: self._clock() - self._started,
+            self._seconds,
             watch,
         )
         self._dispatch = Dispatcher(request.callbacks, self._told.info, self._told.act)

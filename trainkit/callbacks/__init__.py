@@ -13,8 +13,11 @@ from trainkit.callbacks._lambda import Lambda
 from trainkit.callbacks._learning_rate import LearningRate
 from trainkit.callbacks._log_metrics import LogMetrics
 from trainkit.callbacks._nan_guard import NanGuard
+from trainkit.callbacks._optuna_prune import OptunaPrune
 from trainkit.callbacks._progress import Progress
 from trainkit.callbacks._reduce_on_plateau import ReduceOnPlateau
+from trainkit.callbacks._stop_after import StopAfter
+from trainkit.callbacks._stop_when import StopWhen
 
 __all__ = [
     "Callback",
@@ -26,6 +29,7 @@ __all__ = [
     "LearningRate",
     "LogMetrics",
     "NanGuard",
+    "OptunaPrune",
     "Phase",
     "Plan",
     "Progress",
@@ -33,5 +37,7 @@ __all__ = [
     "Rollback",
     "Save",
     "Stop",
+    "StopAfter",
+    "StopWhen",
     "Update",
 ]
