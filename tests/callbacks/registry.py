@@ -28,5 +28,6 @@ REGISTRY = {
     "ReduceOnPlateau": lambda: tk.callbacks.ReduceOnPlateau("eval/loss", mode="min", patience=50),
     "StopAfter": lambda: tk.callbacks.StopAfter(steps=1000),
     "StopWhen": lambda: tk.callbacks.StopWhen("eval/loss", below=-1.0),
+    "Throughput": lambda: tk.callbacks.Throughput(tk.Every(steps=2), items={"rows": lambda batch: 1}),
 }
 """Functions that make one, by name of the class."""

@@ -8,7 +8,7 @@ from trainkit.callbacks._callback import Callback, Phase, Rollback, Save, Stop, 
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.callbacks._early_stopping import EarlyStopping
 from trainkit.callbacks._ema import EMA
-from trainkit.callbacks._info import Info, Plan
+from trainkit.callbacks._info import Info, Plan, Work
 from trainkit.callbacks._lambda import Lambda
 from trainkit.callbacks._learning_rate import LearningRate
 from trainkit.callbacks._log_metrics import LogMetrics
@@ -18,6 +18,7 @@ from trainkit.callbacks._progress import Progress
 from trainkit.callbacks._reduce_on_plateau import ReduceOnPlateau
 from trainkit.callbacks._stop_after import StopAfter
 from trainkit.callbacks._stop_when import StopWhen
+from trainkit.callbacks._throughput import Throughput
 
 __all__ = [
     "Callback",
@@ -39,5 +40,7 @@ __all__ = [
     "Stop",
     "StopAfter",
     "StopWhen",
+    "Throughput",
     "Update",
+    "Work",
 ]
