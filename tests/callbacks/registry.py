@@ -22,6 +22,7 @@ REGISTRY = {
     "Lambda": lambda: tk.callbacks.Lambda(on_step=lambda info: None),
     "LearningRate": lambda: tk.callbacks.LearningRate(schedule=lambda count: 0.1 / (1 + count)),
     "LogMetrics": lambda: tk.callbacks.LogMetrics(every=tk.Every(steps=3)),
+    "Memory": lambda: tk.callbacks.Memory(tk.Every(steps=2)),
     "NanGuard": lambda: tk.callbacks.NanGuard("skip"),
     "OptunaPrune": lambda: tk.callbacks.OptunaPrune(_Trial(), "eval/loss"),
     "Progress": lambda: tk.callbacks.Progress(),

@@ -12,6 +12,7 @@ from trainkit.callbacks._info import Info, Plan, Work
 from trainkit.callbacks._lambda import Lambda
 from trainkit.callbacks._learning_rate import LearningRate
 from trainkit.callbacks._log_metrics import LogMetrics
+from trainkit.callbacks._memory import Memory
 from trainkit.callbacks._nan_guard import NanGuard
 from trainkit.callbacks._optuna_prune import OptunaPrune
 from trainkit.callbacks._progress import Progress
@@ -29,6 +30,7 @@ __all__ = [
     "Lambda",
     "LearningRate",
     "LogMetrics",
+    "Memory",
     "NanGuard",
     "OptunaPrune",
     "Phase",
