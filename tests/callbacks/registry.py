@@ -25,6 +25,7 @@ REGISTRY = {
     "Memory": lambda: tk.callbacks.Memory(tk.Every(steps=2)),
     "NanGuard": lambda: tk.callbacks.NanGuard("skip"),
     "OptunaPrune": lambda: tk.callbacks.OptunaPrune(_Trial(), "eval/loss"),
+    "Profile": lambda: tk.callbacks.Profile(at=2, steps=2),
     "Progress": lambda: tk.callbacks.Progress(),
     "ReduceOnPlateau": lambda: tk.callbacks.ReduceOnPlateau("eval/loss", mode="min", patience=50),
     "StopAfter": lambda: tk.callbacks.StopAfter(steps=1000),

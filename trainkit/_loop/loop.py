@@ -32,6 +32,7 @@ from trainkit._loop.request import LAST_STEP, Request, refuse_overflow
 from trainkit._loop.result import FitResult, summarized
 from trainkit._loop.saving import Saving
 from trainkit._loop.standing import standing_of
+from trainkit._loop.stepping import stepping
 from trainkit._loop.stopwatch import Stopwatch
 from trainkit._loop.timetable import Chore, Timetable
 from trainkit._loop.told import Told
@@ -263,15 +264,16 @@ class Loop:
         standing, clock, interrupts, show = self.standing, self._watch.clock, self._interrupts, self._show
         position = standing.position
         more = self._begin_pass(intake)
+        run, take, look = stepping(calls, intake, standing)
         due, alarm = self._due(), self._alarm()
         watch.turn("step")
         # Two looks at the clock a call are all that the steps pay for knowing how long they waited for data.
         waited, asked = 0.0, clock()
         while more:
-            feds = intake.take(calls.room(due - standing.step), calls.takes)
+            feds = take(calls.room(due - standing.step), calls.takes)
             waited += clock() - asked
             try:
-                standing.raw, metrics.packed = calls(standing.raw, metrics.packed, feds)
+                standing.raw, metrics.packed = run(standing.raw, metrics.packed, feds)
             except Exception as error:
                 self._note_failure(error, feds)
                 raise
@@ -284,7 +286,7 @@ class Loop:
                 intake.mark(position.batch)
             # Looking one batch ahead tells whether this was the last step of the pass, and overlaps the step.
             try:
-                more = intake.more()
+                more = look()
             except Exception:
                 if standing.step >= due:
                     self._at_step(pass_done=False)  # the step was done, and what is due after it is told
@@ -300,6 +302,7 @@ class Loop:
                 watch.turn("step")
                 if self._finished():
                     break
+                run, take, look = stepping(calls, intake, standing)
                 due, alarm = self._due(), self._alarm()
                 waited, asked = 0.0, clock()
                 if more:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from trainkit._core.cadence import Cadence
 from trainkit._core.position import Position
@@ -37,6 +37,7 @@ class Request:
         keep_compiled: whether compiled programs are kept in the user's cache.
         overwrite: whether a run that `logdir` holds is removed.
         dry: whether everything is only tried out.
+        card: returns what is noted of the run at its start, None where nothing is.
     """
 
     fit: int
@@ -54,6 +55,7 @@ class Request:
     keep_compiled: bool = True
     overwrite: bool = False
     dry: bool = False
+    card: Callable[[], str] | None = None
 
     def as_dry_run(self, steps: int, logdir: pathlib.Path) -> "Request":
         """Returns the same request for a fit of a few steps, evaluations of as many batches, in a folder."""
@@ -68,6 +70,7 @@ class Request:
             stores=(),
             keep_compiled=False,
             dry=True,
+            card=None,
         )
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from trainkit.callbacks._log_metrics import LogMetrics
 from trainkit.callbacks._memory import Memory
 from trainkit.callbacks._nan_guard import NanGuard
 from trainkit.callbacks._optuna_prune import OptunaPrune
+from trainkit.callbacks._profile import Profile
 from trainkit.callbacks._progress import Progress
 from trainkit.callbacks._reduce_on_plateau import ReduceOnPlateau
 from trainkit.callbacks._stop_after import StopAfter
@@ -35,6 +36,7 @@ __all__ = [
     "OptunaPrune",
     "Phase",
     "Plan",
+    "Profile",
     "Progress",
     "ReduceOnPlateau",
     "Rollback",
