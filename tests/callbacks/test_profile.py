@@ -81,6 +81,17 @@ def test_where_it_can_not_trace_it_says_so_and_the_fit_goes_on(tmp_path, caplog)
     assert not (tmp_path / "run" / "plugins").exists()
 
 
+def test_starting_over_removes_traces_and_nothing_else(tmp_path):
+    trainer(Profile(at=0, steps=1), logdir=tmp_path).fit(TEN, epochs=1)
+    kept = [tmp_path / "plugins" / "profile" / name / "vm.xplane.pb" for name in ("2026_01_01", "step_x")]
+    kept.append(tmp_path / "plugins" / "profile" / "step_0" / "notes.txt")
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    trainer(logdir=tmp_path, overwrite=True).fit(TEN, epochs=1)
+    assert {path for path in (tmp_path / "plugins").rglob("*") if path.is_file()} == set(kept)
+
+
 def test_nothing_changes_by_being_traced(tmp_path):
     plain = trainer(logdir=tmp_path / "a").fit(TEN, epochs=1)
     looked = trainer(Profile(at=3, steps=2), logdir=tmp_path / "b").fit(TEN, epochs=1)

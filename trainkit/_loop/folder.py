@@ -14,6 +14,7 @@ from trainkit._debug.failures import remove_failures
 from trainkit._loop.request import Request
 from trainkit._loop.run import Run
 from trainkit.callbacks._checkpoint import Checkpoint
+from trainkit.callbacks._profile import remove_traces
 from trainkit.checkpoint._store import FOLDER, Store
 from trainkit.writers._left import logs_in, remove_logs
 from trainkit.writers._logdir import locked
@@ -55,6 +56,7 @@ def settle(run: Run, request: Request) -> None:
             store.clear()
         if request.logdir is not None:
             remove_failures(request.logdir)
+            remove_traces(request.logdir)
             remove_logs(request.logdir)
     run.has_folder = True
 

@@ -1,16 +1,21 @@
 """`Profile`: traces a few steps of a fit for TensorBoard's profile page. Reads no trace."""
 
+import contextlib
 import itertools
 import logging
+import pathlib
 from collections.abc import Iterable
 
 import jax
 
 from trainkit._core.cadence import At
+from trainkit._core.files import remove
 from trainkit._core.phases import name_phases
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._info import Info
 
+_FOLDER, _NAME = ("plugins", "profile"), "step_"
+_FILES = ("*.xplane.pb", "*.trace.json.gz")
 _LOG = logging.getLogger("trainkit")
 
 
@@ -78,7 +83,7 @@ class Profile(Callback):
         jax.block_until_ready(info.state.params)
         options = jax.profiler.ProfileOptions()
         # Else it is named after the second in which it ends, and another of that second takes its place.
-        options.session_id = f"step_{info.step}"
+        options.session_id = f"{_NAME}{info.step}"
         try:
             jax.profiler.start_trace(info.logdir, profiler_options=options)
         except RuntimeError as error:  # the process has one profiler
@@ -86,6 +91,26 @@ class Profile(Callback):
             return
         self._end = end
         name_phases(True)
+
+
+def remove_traces(logdir: pathlib.Path) -> None:
+    """Removes the traces that `Profile` left in a folder of logs; leaves what others put there.
+
+    Raises:
+        OSError: the system refused it.
+    """
+    plugins, folder = logdir / _FOLDER[0], logdir.joinpath(*_FOLDER)
+    if plugins.is_symlink() or folder.is_symlink() or not folder.is_dir():
+        return
+    for trace in folder.glob(f"{_NAME}*"):
+        if trace.name.removeprefix(_NAME).isdecimal() and trace.is_dir() and not trace.is_symlink():
+            for path in [path for pattern in _FILES for path in trace.glob(pattern)]:
+                remove(path)
+            with contextlib.suppress(OSError):  # somebody keeps something there
+                trace.rmdir()
+    for empty in (folder, plugins):
+        with contextlib.suppress(OSError):
+            empty.rmdir()
 
 
 def _is_int(value: object, least: int) -> bool:
