@@ -45,7 +45,7 @@ class Notebook:
         """Leaves the last picture; where the fit was broken off it says so."""
         report, self._report = self._report, None
         if report is not None and not report.final:
-            self._draw(dataclasses.replace(report, activity="broken off"))
+            self._draw(dataclasses.replace(report, activity="broken off", speed=None))
 
     def _draw(self, report: Report) -> None:
         from IPython.display import display  # pyright: ignore[reportMissingImports]
