@@ -79,6 +79,7 @@ class Throughput(Callback):
                 f"Throughput(peak_flops={peak_flops!r}): must be a positive finite number, FLOP/s of one device."
             )
         self._peak = peak_flops
+        self._peak_of_all: float | None = None
         self._items = dict.fromkeys(self._counters, 0.0)
         self._begun: _Begun | None = None
         self._marker: Mapping[str, Any] = {}
@@ -90,7 +91,7 @@ class Throughput(Callback):
         return bool(self._counters) if hook == "on_batch" else super().implements(hook)
 
     def on_fit_start(self, info: Info) -> None:
-        self._begun, self._marker = self._now(info), {}
+        self._begun, self._marker, self._peak_of_all = self._now(info), {}, None
 
     def on_batch(self, batch: Batch) -> None:
         for name, count in self._counters.items():
@@ -161,17 +162,18 @@ class Throughput(Callback):
         flops = info.step_flops
         if flops is not None:
             rates["flops_per_second"] = flops * steps_per_second
-            devices = _devices(info)
-            peak = self._peak or (peak_of(devices[0].device_kind) if devices else None)
-            if peak is not None and devices:
-                rates["mfu"] = rates["flops_per_second"] / (peak * len(devices))
+            if self._peak_of_all is None:
+                self._peak_of_all = _peak_of_all(info, self._peak)
+            if self._peak_of_all:
+                rates["mfu"] = rates["flops_per_second"] / self._peak_of_all
         return rates
 
 
-def _devices(info: Info) -> list[Device]:
-    """Returns all devices that the state lies on."""
+def _peak_of_all(info: Info, given: float | None) -> float:
+    """Returns the peak of all devices that the state lies on, 0 where it is not known."""
     leaf = next((leaf for leaf in jax.tree.leaves(info.state.params) if isinstance(leaf, jax.Array)), None)
-    return [] if leaf is None else list(leaf.sharding.device_set)
+    devices: list[Device] = [] if leaf is None else list(leaf.sharding.device_set)
+    return sum(given or peak_of(device.device_kind) or 0.0 for device in devices)
 
 
 def _as_counters(items: Any) -> dict[str, Counter]:
