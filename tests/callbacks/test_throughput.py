@@ -80,7 +80,8 @@ def test_the_parts_are_those_of_the_result_and_add_up(clock):
     def passes(info):
         clock[0] += 5.0
 
-    one = trainer(Lambda(on_step=passes, on_fit_end=passes), Throughput(EVERY))
+    slow = Lambda(on_step=passes, on_fit_end=passes, close=lambda: passes(None))
+    one = trainer(slow, Throughput(EVERY))
     result = one.fit(TEN, steps=5)
     assert [step for step, _ in result.history["time/step"]] == [2, 4, 5]
     found = {part: result.history.last(f"time/{part}") for part in PARTS}

@@ -155,6 +155,7 @@ class Loop:
         step = int(standing.raw.step)  # waits for it
         if self._together:
             self._meet()
+        self._dispatch.call("on_result")
         seconds, timing = self._watch.read()
         return FitResult(
             state=standing.state,

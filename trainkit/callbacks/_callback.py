@@ -139,6 +139,9 @@ class Callback:
     def close(self) -> None:
         """Called last, once, for every callback whose `on_fit_start` was begun, however the fit ended."""
 
+    def on_result(self, info: Info) -> None:
+        """Called after every `close`, where nothing raised: for what is known when all is done, as `info.timing`."""
+
     def state_dict(self) -> dict[str, Any]:
         """Returns what this callback must remember across a resume: JSON values and arrays."""
         return {}

@@ -85,7 +85,7 @@ class Throughput(Callback):
         self._marker: Mapping[str, Any] = {}
         # The seconds of each part at a step, which are written when the next are due.
         self._times: tuple[int, dict[str, float]] | None = None
-        self._last = -1
+        self._last = self._end = -1
 
     def implements(self, hook: str) -> bool:
         return bool(self._counters) if hook == "on_batch" else super().implements(hook)
@@ -116,8 +116,11 @@ class Throughput(Callback):
         if self._times is not None and self._times[0] == info.step:
             self._times = None
         self._write_times(info)
-        if info.step > self._last:  # else no step was run since they were written
-            self._times = info.step, dict(info.timing)
+        self._end = info.step
+
+    def on_result(self, info: Info) -> None:
+        if self._end > self._last:  # else no step was run since they were written
+            self._times = self._end, dict(info.timing)
             self._write_times(info)
 
     def on_exception(self, info: Info, exc: BaseException) -> None:
@@ -140,7 +143,8 @@ class Throughput(Callback):
         if self._times is not None:
             (step, times), self._times = self._times, None
             self._last = step
-            info.writer.write_scalars(step, {f"time/{part}": seconds for part, seconds in times.items()})
+            if times:
+                info.writer.write_scalars(step, {f"time/{part}": seconds for part, seconds in times.items()})
 
     def _now(self, info: Info) -> _Begun:
         timing, work = info.timing, info.work
