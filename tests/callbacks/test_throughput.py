@@ -181,7 +181,7 @@ def test_the_peak_of_a_device_is_by_its_kind():
 
 def test_no_share_of_a_peak_that_is_not_known_and_no_look_at_batches_without_items():
     throughput = Throughput(EVERY)
-    assert not throughput.implements("on_batch")
+    assert not throughput.implements("_see_batch")
     history = trainer(throughput).fit(TEN, steps=4).history
     assert {name for name in history if name.startswith("throughput/")} == {
         f"throughput/{name}"

@@ -97,7 +97,7 @@ class Loop:
             Costs(watch, self.standing, self._prepared.calls.flops),
         )
         self._dispatch = Dispatcher(request.callbacks, self._told.info, self._told.act)
-        looking = self._dispatch.implementing("on_batch")
+        looking = self._dispatch.implementing("_see_batch")
         self._show = show_batches(looking, self._supply, request.accumulate, watch)
         self._intake, self._opened = self._intake_of(batches), True
         self._saving = Saving(
@@ -155,7 +155,7 @@ class Loop:
         step = int(standing.raw.step)  # waits for it
         if self._together:
             self._meet()
-        self._dispatch.call("on_result")
+        self._dispatch.call("_on_result")
         seconds, timing = self._watch.read()
         return FitResult(
             state=standing.state,

@@ -88,12 +88,12 @@ class Throughput(Callback):
         self._last = self._end = -1
 
     def implements(self, hook: str) -> bool:
-        return bool(self._counters) if hook == "on_batch" else super().implements(hook)
+        return bool(self._counters) if hook == "_see_batch" else super().implements(hook)
 
     def on_fit_start(self, info: Info) -> None:
         self._begun, self._marker, self._peak_of_all = self._now(info), {}, None
 
-    def on_batch(self, batch: Batch) -> None:
+    def _see_batch(self, batch: Batch) -> None:
         for name, count in self._counters.items():
             self._items[name] += count(batch)
 
@@ -118,7 +118,7 @@ class Throughput(Callback):
         self._write_times(info)
         self._end = info.step
 
-    def on_result(self, info: Info) -> None:
+    def _on_result(self, info: Info) -> None:
         if self._end > self._last:  # else no step was run since they were written
             self._times = self._end, dict(info.timing)
             self._write_times(info)
