@@ -1,6 +1,6 @@
 """What may be asked of a train state at any moment: evaluations, predictions, functions of the model.
 
-Owns the choice of weights; not the passes, nor whose state it is.
+Owns neither the passes nor the choice of weights, nor whose state it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,11 +13,9 @@ from trainkit._core.state import TrainState
 from trainkit._core.typing import PyTree
 from trainkit._engine.engine import Engine
 from trainkit._loop.evaluate import evaluate, predict
+from trainkit._loop.weights import weighted
 from trainkit.data._source import Source, as_source
 from trainkit.data._take import take
-
-AVERAGED = ("averaged", "ema")
-"""The names of the averaged weights."""
 
 
 class Questions:
@@ -73,13 +71,7 @@ class Questions:
 
     def weighted(self, weights: str) -> TrainState:
         """Returns the state with the weights of that name in place."""
-        if weights in AVERAGED:
-            return self._engine.averaged(self._state())
-        if weights != "live":
-            raise ValueError(
-                f"weights={weights!r}: the choices are 'averaged' (or 'ema', its other name) and 'live'."
-            )
-        return self._state()
+        return weighted(self._engine, self._state(), weights)
 
 
 def limited(source: Source, limit: int | None) -> Source:

@@ -362,7 +362,12 @@ class Trainer(Asking):
             remat=self._remat,
         )
         return Engine(
-            steps, self._strategy, self.metrics, scaled=self._precision.scaled, settings=self._settings
+            steps,
+            self._strategy,
+            self.metrics,
+            scaled=self._precision.scaled,
+            views=[view for callback in self._callbacks if (view := callback.eval_view()) is not None],
+            settings=self._settings,
         )
 
     def _checkpoints(self) -> list[Store]:

@@ -147,8 +147,8 @@ class Info:
 
         Args:
             data: a source, or a mapping of names to sources, which gives `<name>/<metric>`.
-            weights: "averaged" (or "ema") for the averaged weights where a callback keeps an average, "live" for
-                the current ones.
+            weights: "averaged" (or "ema") for those of the first view that a callback gives, where there is one; "live"
+                for the current ones; or the name of a view.
             limit: int >= 1, batches at most; None for all.
 
         Raises:
