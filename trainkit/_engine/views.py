@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
+from trainkit._core.jaxprs import inputs_read
 from trainkit._core.state import TrainState, key_impl, with_raw_key, with_typed_key
-from trainkit._core.tree import differences, signature
+from trainkit._core.tree import differences, named_leaves, signature
 from trainkit._core.typing import PyTree
 from trainkit.hooks._view import View
 from trainkit.parallel._strategy import Role, Strategy
@@ -63,6 +64,15 @@ class Views:
                 lambda raw: shown(view, with_typed_key(raw, impl)), inputs=(Role.STATE,), outputs=Role.STATE
             )
         return state.replace(**self._programs[view.name, impl](with_raw_key(state)))
+
+    def reads(self, state: TrainState) -> set[str]:
+        """Returns the path names of what in a state the views look at."""
+        names = [name for name, _ in named_leaves(state)]
+        found = set[str]()
+        for view in self.all:
+            jaxpr = jax.make_jaxpr(lambda state, view=view: shown(view, state))(state).jaxpr
+            found |= {name for name, read in zip(names, inputs_read(jaxpr), strict=True) if read}
+        return found
 
 
 def shown(view: View, state: TrainState) -> dict[str, PyTree]:

@@ -40,6 +40,8 @@ _SCORES = "scores.json"
 _HOST = "host.json"
 META = "meta.json"
 """Name of the small document in the folder of each checkpoint."""
+WEIGHTS_ONLY = "weights_only"
+"""Key in it where no run can be resumed from the checkpoint."""
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _LEFT_BEHIND = re.compile(rf"\d+({re.escape(_REMOVED)}|{re.escape(_TEMPORARY)}.*)")
 _SET_ASIDE = re.compile(rf"\d+{re.escape(_DAMAGED)}")
