@@ -97,7 +97,7 @@ def predict(engine: Engine, state: TrainState, source: Source) -> PyTree:
         if engine.steps.units:
             rows.add(outputs, None)
             continue
-        _check_rows(outputs, fed.real if fed.mask is None else fed.mask.shape[0])
+        check_rows(outputs, fed.real if fed.mask is None else fed.mask.shape[0])
         rows.add(outputs, fed.real)
     if engine.steps.units:
         return rows.all()
@@ -141,12 +141,19 @@ def peek(engine: Engine, source: Source) -> tuple[Any, Iterator[Any], Callable[[
     """Returns the first batch, all batches, and what stays on the host of the one handed out last."""
     if source.endless:
         raise ValueError("the source has no end. Cut it: tk.data.take(data, batches).")
-    batches = engine.batches(source, 0)
+    batches, host = open_pass(engine, source, 0)
     first = next(batches, None)
     if first is None:
         raise ValueError("the source is empty: it gave no batch. Give at least one, or leave eval_data out.")
-    host = (lambda: batches.host) if isinstance(batches, Parted) else dict
     return first, itertools.chain([first], batches), host
+
+
+def open_pass(
+    engine: Engine, source: Source, start: int
+) -> tuple[Iterator[Any], Callable[[], dict[str, np.ndarray]]]:
+    """Returns the batches from one of them on, and what stays on the host of the one handed out last."""
+    batches = engine.batches(source, 0, start)
+    return batches, (lambda: batches.host) if isinstance(batches, Parted) else dict
 
 
 def _check_count(counted: int, given: int, source: Source) -> None:
@@ -158,7 +165,7 @@ def _check_count(counted: int, given: int, source: Source) -> None:
         )
 
 
-def _check_rows(outputs: PyTree, rows: int) -> None:
+def check_rows(outputs: PyTree, rows: int) -> None:
     for name, leaf in named_leaves(outputs):
         if not leaf.shape or leaf.shape[0] != rows:
             raise ValueError(

@@ -3,6 +3,7 @@
 Owns neither the passes nor the choice of weights, nor whose state it is.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +14,7 @@ from trainkit._core.state import TrainState
 from trainkit._core.typing import PyTree
 from trainkit._engine.engine import Engine
 from trainkit._loop.evaluate import evaluate, predict
+from trainkit._loop.predictions import predict_into
 from trainkit._loop.weights import weighted
 from trainkit.data._source import Source, as_source
 from trainkit.data._take import take
@@ -49,11 +51,21 @@ class Questions:
                 found |= {f"{name}/{metric}" if name else metric: value for metric, value in metrics.items()}
         return found
 
-    def predict(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> PyTree:
-        """Returns what `predict_step` gives for each example, in order, as NumPy arrays."""
+    def predict(
+        self,
+        data: Any,
+        *,
+        weights: str = "averaged",
+        limit: int | None = None,
+        out: str | os.PathLike[str] | None = None,
+    ) -> PyTree:
+        """Returns what `predict_step` gives for each example, in order, as NumPy arrays or maps of those in `out`."""
         source = limited(self._source(data), limit)
         with self._timed("eval"):
-            return predict(self._engine, self.weighted(weights), source)
+            state = self.weighted(weights)
+            if out is not None:
+                return predict_into(self._engine, state, source, out)
+            return predict(self._engine, state, source)
 
     def apply(
         self,

@@ -3,6 +3,7 @@
 Owns no state: that is the run's.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, final
 
@@ -89,18 +90,29 @@ class Asking(Overridable):
         *,
         weights: str = "averaged",
         limit: int | None = None,
+        out: str | os.PathLike[str] | None = None,
     ) -> PyTree:
         """Returns what `predict_step` gives for each example of `data`, in order, as NumPy arrays.
+
+        With `out` they may be larger than memory: each leaf is written to a `.npy` file named by its path
+        (`output.npy` where there is one array) as the batches come, and returned as a memory map that can't be written
+        to. Broken off and called again with the same folder, it goes on after the last batch that is whole there, and
+        what is complete is not computed again; predictions of other weights, another program or other data in the
+        folder are replaced. A file has its name when all rows are in it.
 
         Args:
             data: as for `fit`.
             weights: as for `evaluate`.
             limit: as for `evaluate`.
+            out: folder for the predictions, made where it is missing; None keeps them in memory.
 
         Raises:
             RuntimeError: as for `evaluate`.
+            ValueError: as for `evaluate`; or `out` holds files of the same names that `predict` did not write, there
+                are several processes, or a batch is one unit.
+            TypeError: with `out`, a leaf that stays on the host holds objects other than strings.
         """
-        return self._asked("predict").predict(data, weights=weights, limit=limit)
+        return self._asked("predict").predict(data, weights=weights, limit=limit, out=out)
 
     @final
     def apply(
