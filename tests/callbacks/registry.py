@@ -8,11 +8,13 @@ import trainkit as tk
 REGISTRY = {
     "EMA": lambda: tk.callbacks.EMA(0.9),
     "EarlyStopping": lambda: tk.callbacks.EarlyStopping("eval/loss", mode="min", patience=50),
+    "EvalView": lambda: tk.callbacks.EvalView(lambda state: state),
     "Lambda": lambda: tk.callbacks.Lambda(on_step=lambda info: None),
     "LearningRate": lambda: tk.callbacks.LearningRate(schedule=lambda count: 0.1 / (1 + count)),
     "LogMetrics": lambda: tk.callbacks.LogMetrics(every=tk.Every(steps=3)),
     "NanGuard": lambda: tk.callbacks.NanGuard("skip"),
     "Progress": lambda: tk.callbacks.Progress(),
     "ReduceOnPlateau": lambda: tk.callbacks.ReduceOnPlateau("eval/loss", mode="min", patience=50),
+    "SWA": lambda: tk.callbacks.SWA(2, 2),
 }
 """Functions that make one, by name of the class."""

@@ -36,6 +36,7 @@ from trainkit._loop.stopwatch import Stopwatch
 from trainkit._loop.timetable import Chore, Timetable
 from trainkit._loop.told import Told
 from trainkit._loop.train_metrics import NO_METRICS, TrainMetrics, read_only
+from trainkit._loop.weights import Weights
 from trainkit._resume.saved import Saved
 from trainkit.data._batch import batch_size_of, check_batch, spec_of
 from trainkit.writers._writer import MetricWriter
@@ -97,6 +98,7 @@ class Loop:
         self._saving = Saving(
             engine, request, self.standing, self._metrics, self._record, self._prepared.calls
         )
+        self._weights = Weights(engine, self.standing, self._breaking_off, watch.on)
         self._goes_on = self._pass_begun = self._pass_told = False
         self._failures = Failures(engine, request.source, request.accumulate, request.logdir)
         if resumed is not None:
@@ -166,6 +168,7 @@ class Loop:
         self._told.going_back = "ignored" if self._interrupted else "allowed"
         with self._watch.on("callbacks"):
             self._dispatch.call("on_fit_end")
+        self._weights.settle()  # of the state that it went back to, for one
         if self.standing.came_to != came_before:
             with self._watch.on("save"):
                 self._saving.stand_back()
@@ -394,8 +397,9 @@ class Loop:
 
     def _evaluated(self) -> dict[str, Any] | None:
         """Returns the metrics of every evaluation source, None where a signal came in between."""
-        state = self._engine.averaged(self.standing.state)
-        metrics: dict[str, Any] = {}
+        state, metrics = self._weights.evaluated(), dict[str, Any]()
+        if state is None:
+            return None
         for name, source in self._request.evaluations.items():
             values = evaluate(self._engine, state, source, self._breaking_off(), self._wait_for)
             if values is None:
@@ -424,6 +428,8 @@ class Loop:
     def _save(self, *, everyone: bool = False) -> None:
         asked = self._interrupts.take_save()
         keepers = self._saving.due(everyone=everyone or asked or self._finished())
+        if self._finished():
+            self._weights.settle()  # the last checkpoint is to hold them
         if asked and not keepers:
             self._saving.say_there_is_none()
         if keepers:

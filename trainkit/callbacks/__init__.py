@@ -8,6 +8,7 @@ from trainkit.callbacks._callback import Callback, Phase, Rollback, Save, Stop, 
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.callbacks._early_stopping import EarlyStopping
 from trainkit.callbacks._ema import EMA
+from trainkit.callbacks._eval_view import EvalView
 from trainkit.callbacks._info import Info, Plan
 from trainkit.callbacks._lambda import Lambda
 from trainkit.callbacks._learning_rate import LearningRate
@@ -15,12 +16,14 @@ from trainkit.callbacks._log_metrics import LogMetrics
 from trainkit.callbacks._nan_guard import NanGuard
 from trainkit.callbacks._progress import Progress
 from trainkit.callbacks._reduce_on_plateau import ReduceOnPlateau
+from trainkit.callbacks._swa import SWA
 
 __all__ = [
     "Callback",
     "Checkpoint",
     "EMA",
     "EarlyStopping",
+    "EvalView",
     "Info",
     "Lambda",
     "LearningRate",
@@ -31,6 +34,7 @@ __all__ = [
     "Progress",
     "ReduceOnPlateau",
     "Rollback",
+    "SWA",
     "Save",
     "Stop",
     "Update",

@@ -10,6 +10,7 @@ from trainkit._core.cadence import Cadence, Every
 from trainkit._core.state import TrainState
 from trainkit.callbacks._info import Info
 from trainkit.hooks._hook import StepHook
+from trainkit.hooks._view import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +149,13 @@ class Callback:
 
     def step_hook(self) -> StepHook | None:
         """Returns the pure pair to trace into the compiled training step, None for none."""
+        return None
+
+    def eval_view(self) -> View | None:
+        """Returns how the state is evaluated, predicted, exported and applied with; None for no view.
+
+        With several, `weights="averaged"` is that of the callback given first.
+        """
         return None
 
     def implements(self, hook: str) -> bool:
