@@ -8,6 +8,8 @@ from trainkit.callbacks._callback import Callback, Phase, Rollback, Save, Stop, 
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.callbacks._early_stopping import EarlyStopping
 from trainkit.callbacks._ema import EMA
+from trainkit.callbacks._figure import Figure
+from trainkit.callbacks._images import Images
 from trainkit.callbacks._info import Info, Plan
 from trainkit.callbacks._lambda import Lambda
 from trainkit.callbacks._learning_rate import LearningRate
@@ -15,12 +17,15 @@ from trainkit.callbacks._log_metrics import LogMetrics
 from trainkit.callbacks._nan_guard import NanGuard
 from trainkit.callbacks._progress import Progress
 from trainkit.callbacks._reduce_on_plateau import ReduceOnPlateau
+from trainkit.callbacks._text import Text
 
 __all__ = [
     "Callback",
     "Checkpoint",
     "EMA",
     "EarlyStopping",
+    "Figure",
+    "Images",
     "Info",
     "Lambda",
     "LearningRate",
@@ -33,5 +38,6 @@ __all__ = [
     "Rollback",
     "Save",
     "Stop",
+    "Text",
     "Update",
 ]
