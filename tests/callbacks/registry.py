@@ -12,6 +12,7 @@ REGISTRY = {
     "EMA": lambda: tk.callbacks.EMA(0.9),
     "EarlyStopping": lambda: tk.callbacks.EarlyStopping("eval/loss", mode="min", patience=50),
     "Figure": lambda: tk.callbacks.Figure(lambda info: matplotlib.figure.Figure(figsize=(1, 1))),
+    "HParams": lambda: tk.callbacks.HParams({"model": {"width": 8}}),
     "Images": lambda: tk.callbacks.Images(lambda info: np.zeros((2, 4, 4, 1)), every=tk.Every(steps=2)),
     "Lambda": lambda: tk.callbacks.Lambda(on_step=lambda info: None),
     "LearningRate": lambda: tk.callbacks.LearningRate(schedule=lambda count: 0.1 / (1 + count)),

@@ -9,6 +9,7 @@ from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.callbacks._early_stopping import EarlyStopping
 from trainkit.callbacks._ema import EMA
 from trainkit.callbacks._figure import Figure
+from trainkit.callbacks._hparams import HParams
 from trainkit.callbacks._images import Images
 from trainkit.callbacks._info import Info, Plan
 from trainkit.callbacks._lambda import Lambda
@@ -25,6 +26,7 @@ __all__ = [
     "EMA",
     "EarlyStopping",
     "Figure",
+    "HParams",
     "Images",
     "Info",
     "Lambda",

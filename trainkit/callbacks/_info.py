@@ -24,6 +24,9 @@ class Plan:
         steps_per_epoch: batches of one pass, None while it is not known.
         eval_names: names of the evaluation sources, e.g. `("eval",)`.
         dry_run: whether it only tries everything out: what is written outside of `info.logdir` stays unwritten.
+        seed: of the run.
+        batch_size: examples in a batch.
+        hparams: what `Trainer(hparams=)` was given.
     """
 
     first_step: int = 0
@@ -32,6 +35,9 @@ class Plan:
     steps_per_epoch: int | None = None
     eval_names: tuple[str, ...] = ()
     dry_run: bool = False
+    seed: int = 0
+    batch_size: int | None = None
+    hparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Asked(Protocol):
