@@ -7,8 +7,10 @@ import matplotlib.figure
 import numpy as np
 
 import trainkit as tk
+from trainkit.testing._classifier import examples
 
 REGISTRY = {
+    "ConfusionMatrix": lambda: tk.callbacks.ConfusionMatrix([examples(4, seed=9)]),
     "EMA": lambda: tk.callbacks.EMA(0.9),
     "EarlyStopping": lambda: tk.callbacks.EarlyStopping("eval/loss", mode="min", patience=50),
     "Figure": lambda: tk.callbacks.Figure(lambda info: matplotlib.figure.Figure(figsize=(1, 1))),

@@ -64,6 +64,7 @@ class Engine:
         self._prepared: dict[tuple[Any, ...], tuple[Callable[..., Any], Accumulator, PyTree, Calls]] = {}
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._applied = KeptByFunction()
+        self.others: dict[type[clu.metrics.Collection], Engine] = {}  # that evaluate by other metrics
         self._announced: set[str] = set()
         self._settings = settings
         self._last_calls: Calls | None = None

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import clu.metrics
 import jax
 
 from trainkit._core.state import TrainState
 from trainkit._core.typing import PyTree
 from trainkit._engine.engine import Engine
+from trainkit._engine.measuring import measuring
 from trainkit._loop.evaluate import evaluate, predict
 from trainkit.data._source import Source, as_source
 from trainkit.data._take import take
@@ -37,8 +39,16 @@ class Questions:
     ) -> None:
         self._engine, self._state, self._timed = engine, state, timed
 
-    def evaluate(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        weights: str = "averaged",
+        limit: int | None = None,
+        metrics: type[clu.metrics.Collection] | None = None,
+    ) -> dict[str, Any]:
         """Returns the metrics over one pass; of several sources by name, `<name>/<metric>`."""
+        engine = self._engine if metrics is None else measuring(self._engine, metrics)
         units = self._engine.steps.units
         named = is_named(data) and not units
         found = eval_sources(data, units=units) if named else {"": self._source(data)}
@@ -46,9 +56,9 @@ class Questions:
         with self._timed("eval"):
             state, found = self.weighted(weights), {}
             for name, source in sources.items():
-                metrics = evaluate(self._engine, state, source)
-                assert metrics is not None  # nothing interrupts it here
-                found |= {f"{name}/{metric}" if name else metric: value for metric, value in metrics.items()}
+                values = evaluate(engine, state, source)
+                assert values is not None  # nothing interrupts it here
+                found |= {f"{name}/{metric}" if name else metric: value for metric, value in values.items()}
         return found
 
     def predict(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> PyTree:

@@ -6,6 +6,7 @@ are called is the loop's, and what of them runs inside the compiled step is in `
 
 from trainkit.callbacks._callback import Callback, Phase, Rollback, Save, Stop, Update
 from trainkit.callbacks._checkpoint import Checkpoint
+from trainkit.callbacks._confusion_matrix import ConfusionMatrix
 from trainkit.callbacks._early_stopping import EarlyStopping
 from trainkit.callbacks._ema import EMA
 from trainkit.callbacks._figure import Figure
@@ -23,6 +24,7 @@ from trainkit.callbacks._text import Text
 __all__ = [
     "Callback",
     "Checkpoint",
+    "ConfusionMatrix",
     "EMA",
     "EarlyStopping",
     "Figure",

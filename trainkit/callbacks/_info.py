@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import clu.metrics
 import jax
 
 from trainkit._core.history import History
@@ -43,7 +44,9 @@ class Plan:
 class Asked(Protocol):
     """What answers the questions of a hook, for the state of the moment."""
 
-    def evaluate(self, data: Any, *, weights: str, limit: int | None) -> dict[str, Any]: ...
+    def evaluate(
+        self, data: Any, *, weights: str, limit: int | None, metrics: type[clu.metrics.Collection] | None
+    ) -> dict[str, Any]: ...
 
     def predict(self, data: Any, *, weights: str, limit: int | None) -> PyTree: ...
 
@@ -148,7 +151,14 @@ class Info:
         """Returns "min" or "max" where a registered metric says which is better under that name, else None."""
         return self._direction(name)
 
-    def evaluate(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        weights: str = "averaged",
+        limit: int | None = None,
+        metrics: type[clu.metrics.Collection] | None = None,
+    ) -> dict[str, Any]:
         """Returns the metrics of the state of this moment over one pass of `data`, as `Trainer.evaluate` does.
 
         Args:
@@ -156,11 +166,12 @@ class Info:
             weights: "averaged" (or "ema") for the averaged weights where a callback keeps an average, "live" for
                 the current ones.
             limit: int >= 1, batches at most; None for all.
+            metrics: another collection than the trainer's, compiled at its first use; make it outside of the hook.
 
         Raises:
             RuntimeError: the call of the hook is over.
         """
-        return self._answers("evaluate").evaluate(data, weights=weights, limit=limit)
+        return self._answers("evaluate").evaluate(data, weights=weights, limit=limit, metrics=metrics)
 
     def predict(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> PyTree:
         """Returns what `predict_step` gives with the state of this moment for each example, as NumPy arrays.
