@@ -13,6 +13,7 @@ REGISTRY = {
     "ConfusionMatrix": lambda: tk.callbacks.ConfusionMatrix([examples(4, seed=9)]),
     "EMA": lambda: tk.callbacks.EMA(0.9),
     "EarlyStopping": lambda: tk.callbacks.EarlyStopping("eval/loss", mode="min", patience=50),
+    "Embedding": lambda: tk.callbacks.Embedding(lambda info: (np.eye(4), [*"abcd"], np.zeros((4, 2, 2, 1)))),
     "Figure": lambda: tk.callbacks.Figure(lambda info: matplotlib.figure.Figure(figsize=(1, 1))),
     "HParams": lambda: tk.callbacks.HParams({"model": {"width": 8}}),
     "Images": lambda: tk.callbacks.Images(lambda info: np.zeros((2, 4, 4, 1)), every=tk.Every(steps=2)),

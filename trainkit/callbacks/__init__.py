@@ -9,6 +9,7 @@ from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.callbacks._confusion_matrix import ConfusionMatrix
 from trainkit.callbacks._early_stopping import EarlyStopping
 from trainkit.callbacks._ema import EMA
+from trainkit.callbacks._embedding import Embedding
 from trainkit.callbacks._figure import Figure
 from trainkit.callbacks._hparams import HParams
 from trainkit.callbacks._images import Images
@@ -27,6 +28,7 @@ __all__ = [
     "ConfusionMatrix",
     "EMA",
     "EarlyStopping",
+    "Embedding",
     "Figure",
     "HParams",
     "Images",

@@ -10,7 +10,6 @@ import numpy as np
 from trainkit._core.cadence import Cadence
 from trainkit.callbacks._info import Info
 from trainkit.callbacks._shown import EVERY_EPOCH, Shown
-from trainkit.writers._writer import MetricWriter
 
 
 class Figure(Shown[Any]):
@@ -54,13 +53,13 @@ class Figure(Shown[Any]):
             )
         return value
 
-    def _write(self, writer: MetricWriter, step: int, values: Mapping[str, Any]) -> None:
+    def _write(self, info: Info, values: Mapping[str, Any]) -> None:
         try:
             pixels = {tag: as_pixels(figure) for tag, figure in values.items()}
         finally:
             for figure in values.values():
                 _close(figure)
-        writer.write_images(step, pixels)
+        info.writer.write_images(info.step, pixels)
 
 
 def check_matplotlib(callback: str) -> None:

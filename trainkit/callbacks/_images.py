@@ -8,7 +8,6 @@ import numpy as np
 from trainkit._core.cadence import Cadence
 from trainkit.callbacks._info import Info
 from trainkit.callbacks._shown import EVERY_EPOCH, Shown
-from trainkit.writers._writer import MetricWriter
 
 _ALLOWED = (
     "fn returns an array [H, W, C] or [N, H, W, C] with C 1, 3 or 4, floats in [0, 1] or uint8, or a mapping of tags "
@@ -47,8 +46,8 @@ class Images(Shown[np.ndarray]):
     def _check(self, value: Any, tag: str) -> np.ndarray:
         return check_images("Images", value, tag, _ALLOWED)
 
-    def _write(self, writer: MetricWriter, step: int, values: Mapping[str, np.ndarray]) -> None:
-        writer.write_images(step, values)
+    def _write(self, info: Info, values: Mapping[str, np.ndarray]) -> None:
+        info.writer.write_images(info.step, values)
 
 
 def check_images(callback: str, value: Any, tag: str, allowed: str) -> np.ndarray:

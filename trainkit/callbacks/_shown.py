@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 from trainkit._core.cadence import Cadence, Every, as_cadence
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._info import Info
-from trainkit.writers._writer import MetricWriter
 
 EVERY_EPOCH = Every(epochs=1)
 
@@ -44,7 +43,7 @@ class Shown(Callback, abc.ABC, Generic[Value]):
         """Returns what is to be written, refusing what `fn` may not return."""
 
     @abc.abstractmethod
-    def _write(self, writer: MetricWriter, step: int, values: Mapping[str, Value]) -> None:
+    def _write(self, info: Info, values: Mapping[str, Value]) -> None:
         """Writes values by name."""
 
     def on_step(self, info: Info) -> None:
@@ -55,7 +54,7 @@ class Shown(Callback, abc.ABC, Generic[Value]):
             tagged = {self._name or self.word: returned}
         values = {tag: self._check(value, tag) for tag, value in tagged.items()}
         if values:
-            self._write(info.writer, info.step, values)
+            self._write(info, values)
 
     def _tag(self, tag: Any) -> str:
         if not isinstance(tag, str) or not tag:

@@ -6,7 +6,6 @@ from typing import Any
 from trainkit._core.cadence import Cadence
 from trainkit.callbacks._info import Info
 from trainkit.callbacks._shown import EVERY_EPOCH, Shown
-from trainkit.writers._writer import MetricWriter
 
 
 class Text(Shown[str]):
@@ -42,5 +41,5 @@ class Text(Shown[str]):
             )
         return value
 
-    def _write(self, writer: MetricWriter, step: int, values: Mapping[str, str]) -> None:
-        writer.write_texts(step, values)
+    def _write(self, info: Info, values: Mapping[str, str]) -> None:
+        info.writer.write_texts(info.step, values)
