@@ -20,6 +20,7 @@ REGISTRY = {
     "Lambda": lambda: tk.callbacks.Lambda(on_step=lambda info: None),
     "LearningRate": lambda: tk.callbacks.LearningRate(schedule=lambda count: 0.1 / (1 + count)),
     "LogMetrics": lambda: tk.callbacks.LogMetrics(every=tk.Every(steps=3)),
+    "ModelSummary": lambda: tk.callbacks.ModelSummary(),
     "NanGuard": lambda: tk.callbacks.NanGuard("skip"),
     "Progress": lambda: tk.callbacks.Progress(),
     "ReduceOnPlateau": lambda: tk.callbacks.ReduceOnPlateau("eval/loss", mode="min", patience=50),

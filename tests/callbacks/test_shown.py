@@ -1,7 +1,6 @@
 """`Images`, `Text` and `Figure`: what a function returned is in TensorBoard's log, under its names and at its steps."""
 
 import importlib.util
-import io
 
 import jax.numpy as jnp
 import matplotlib.figure
@@ -10,40 +9,19 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from PIL import Image
-from tensorboard.util.tensor_util import make_ndarray
 
 import trainkit as tk
 from tests.callbacks.registry import REGISTRY
 from tests.helpers.infos import make_info
 from tests.helpers.runs import dies_at
 from tests.helpers.weight import numbers, trainer
-from tests.helpers.writer_calls import events
+from tests.helpers.writer_calls import images, texts
 from trainkit.callbacks import EMA, Checkpoint, Figure, Images, Text
 from trainkit.testing import check_callback
 from trainkit.writers import NullWriter
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), np.uint8)
 TWO = numbers(1, 2)
-
-
-def images(logdir):
-    """Images of TensorBoard's log, `{tag: {step: pixels}}`."""
-    read = events(logdir)
-    return {
-        tag: {e.step: np.asarray(Image.open(io.BytesIO(e.encoded_image_string))) for e in read.Images(tag)}
-        for tag in read.Tags()["images"]
-    }
-
-
-def texts(logdir):
-    read = events(logdir)
-    tags = [
-        tag for tag in read.Tags()["tensors"] if read.SummaryMetadata(tag).plugin_data.plugin_name == "text"
-    ]
-    return {
-        tag: {e.step: make_ndarray(e.tensor_proto).item().decode() for e in read.Tensors(tag)} for tag in tags
-    }
 
 
 def drawn(color="red"):

@@ -10,9 +10,11 @@ from typing import Any
 import clu.metrics
 import jax
 
+from trainkit._core.layer import Layer
 from trainkit._core.state import TrainState
 from trainkit._core.typing import PyTree
 from trainkit._engine.engine import Engine
+from trainkit._engine.layers import layers_of
 from trainkit._engine.measuring import measuring
 from trainkit._loop.evaluate import evaluate, predict
 from trainkit.data._source import Source, as_source
@@ -77,6 +79,11 @@ class Questions:
         """Returns what `fn(bound module, *args)` gives, on the devices."""
         with self._timed("eval"):
             return self._engine.applied(self.weighted(weights), fn, args, rng)
+
+    def layers(self) -> list[Layer]:
+        """Returns the modules of the model with shapes, parameters and operations."""
+        with self._timed("callbacks"):
+            return layers_of(self._engine, self._state())
 
     def _source(self, data: Any) -> Source:
         return as_source(data, units=self._engine.steps.units).in_order()

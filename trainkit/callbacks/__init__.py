@@ -17,6 +17,7 @@ from trainkit.callbacks._info import Info, Plan
 from trainkit.callbacks._lambda import Lambda
 from trainkit.callbacks._learning_rate import LearningRate
 from trainkit.callbacks._log_metrics import LogMetrics
+from trainkit.callbacks._model_summary import ModelSummary
 from trainkit.callbacks._nan_guard import NanGuard
 from trainkit.callbacks._progress import Progress
 from trainkit.callbacks._reduce_on_plateau import ReduceOnPlateau
@@ -36,6 +37,7 @@ __all__ = [
     "Lambda",
     "LearningRate",
     "LogMetrics",
+    "ModelSummary",
     "NanGuard",
     "Phase",
     "Plan",

@@ -9,6 +9,7 @@ import clu.metrics
 import jax
 
 from trainkit._core.history import History
+from trainkit._core.layer import Layer
 from trainkit._core.state import TrainState
 from trainkit._core.typing import PyTree
 from trainkit.writers._writer import MetricWriter
@@ -53,6 +54,8 @@ class Asked(Protocol):
     def apply(
         self, fn: Callable[..., Any], *args: Any, weights: str, rng: jax.Array | int | None
     ) -> PyTree: ...
+
+    def layers(self) -> list[Layer]: ...
 
 
 class Info:
@@ -209,6 +212,14 @@ class Info:
             TypeError: `fn` is no function, or `args` hold something else.
         """
         return self._answers("apply").apply(fn, *args, weights=weights, rng=rng)
+
+    def layers(self) -> list[Layer]:
+        """Returns the modules of the model: shapes in and out, parameters, operations, by one trace of an evaluation.
+
+        Raises:
+            RuntimeError: the call of the hook is over.
+        """
+        return self._answers("layers").layers()
 
     def expire(self) -> None:
         """Ends the validity of `state` and of the questions; the loop calls this after the hook."""
