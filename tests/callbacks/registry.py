@@ -3,18 +3,29 @@
 A new callback is one line here.
 """
 
+import matplotlib.figure
+import numpy as np
+
 import trainkit as tk
+from trainkit.testing._classifier import examples
 
 REGISTRY = {
+    "ConfusionMatrix": lambda: tk.callbacks.ConfusionMatrix([examples(4, seed=9)]),
     "EMA": lambda: tk.callbacks.EMA(0.9),
     "EarlyStopping": lambda: tk.callbacks.EarlyStopping("eval/loss", mode="min", patience=50),
+    "Embedding": lambda: tk.callbacks.Embedding(lambda info: (np.eye(4), [*"abcd"], np.zeros((4, 2, 2, 1)))),
     "EvalView": lambda: tk.callbacks.EvalView(lambda state: state),
+    "Figure": lambda: tk.callbacks.Figure(lambda info: matplotlib.figure.Figure(figsize=(1, 1))),
+    "HParams": lambda: tk.callbacks.HParams({"model": {"width": 8}}),
+    "Images": lambda: tk.callbacks.Images(lambda info: np.zeros((2, 4, 4, 1)), every=tk.Every(steps=2)),
     "Lambda": lambda: tk.callbacks.Lambda(on_step=lambda info: None),
     "LearningRate": lambda: tk.callbacks.LearningRate(schedule=lambda count: 0.1 / (1 + count)),
     "LogMetrics": lambda: tk.callbacks.LogMetrics(every=tk.Every(steps=3)),
+    "ModelSummary": lambda: tk.callbacks.ModelSummary(),
     "NanGuard": lambda: tk.callbacks.NanGuard("skip"),
     "Progress": lambda: tk.callbacks.Progress(),
     "ReduceOnPlateau": lambda: tk.callbacks.ReduceOnPlateau("eval/loss", mode="min", patience=50),
     "SWA": lambda: tk.callbacks.SWA(2, 2),
+    "Text": lambda: tk.callbacks.Text(lambda info: f"step {info.step}", every=tk.Every(steps=2)),
 }
 """Functions that make one, by name of the class."""

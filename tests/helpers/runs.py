@@ -94,7 +94,7 @@ def assert_equal(a, b):
 def scalars_of(logdir):
     """Returns the scalars of both logs: `{(step, name): value}` of the JSONL file and of TensorBoard's."""
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-    pairs = [(line["step"], name, value) for line in lines for name, value in line["scalars"].items()]
+    pairs = [(line["step"], name, value) for line in lines for name, value in line.get("scalars", {}).items()]
     jsonl = {(step, name): value for step, name, value in pairs}
     assert len(jsonl) == len(pairs), "a value stands twice in the JSONL log"
     events = EventAccumulator(str(logdir), size_guidance={"scalars": 0}).Reload()

@@ -67,6 +67,8 @@ class Engine:
         self._prepared: dict[tuple[Any, ...], tuple[Callable[..., Any], Accumulator, PyTree, Calls]] = {}
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._applied = KeptByFunction()
+        self.train_spec: Any = None  # shapes and dtypes of the last training batch that was looked at
+        self.others: dict[type[clu.metrics.Collection], Engine] = {}  # that evaluate by other metrics
         self._announced: set[str] = set()
         self._settings = settings
         self._last_calls: Calls | None = None
@@ -213,6 +215,7 @@ class Engine:
             least_rows: to how many rows batches are padded at least, where padding is exact.
         """
         first, rows = self._first_spec(first, "training")
+        self.train_spec = first
         self._prove(state, first)
         traits = self._inspect("training", inspect_train, state, first)
         exact, why = traits.per_example and not state.batch_stats, "the model keeps batch statistics"

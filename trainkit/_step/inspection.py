@@ -71,6 +71,16 @@ def inspect_eval(steps: Steps, strategy: Strategy, state: TrainState, batch: Bat
     return found["traits"]._replace(light=is_light(jaxpr))
 
 
+def evaluation_of(steps: Steps, strategy: Strategy, state: TrainState, batch: Batch) -> Any:
+    """Returns what an evaluation of one batch computes, as a jaxpr."""
+
+    def run(state: TrainState, batch: Batch) -> Any:
+        steps.eval_outputs(state, batch, None)
+        return state.step
+
+    return _abstractly(run, strategy, state, batch, 1 if steps.units else strategy.shards)[0]
+
+
 def _abstractly(
     run: Callable[[TrainState, Batch], Any], strategy: Strategy, state: TrainState, batch: Batch, shards: int
 ) -> Any:

@@ -4,7 +4,7 @@ import functools
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, final
 
 import flax.linen as nn
@@ -33,6 +33,7 @@ from trainkit._trainer.arguments import (
     check_accumulate,
     check_callbacks,
     check_dry_run,
+    check_hparams,
     check_interrupt,
     check_length,
     check_metrics,
@@ -68,6 +69,8 @@ class Trainer(Asking):
         accumulate: int, batches whose gradients make one update, exactly that of the joined batch.
         remat: recompute activations in the backward pass instead of keeping them; True, or a policy of
             `jax.checkpoint_policies`.
+        hparams: hyperparameters by name: bool, int, float, str, or mappings and lists of these. Logged with the seed,
+            the batch size and injected hyperparameters, for TensorBoard's HPARAMS page; see `HParams`.
         logdir: folder for TensorBoard and JSONL logs; None writes none.
         writers: further objects of `MetricWriter`; they are flushed, and stay yours to close.
         steps_per_call: training steps in one call of a compiled program, where nothing is due between them: an int
@@ -113,6 +116,7 @@ class Trainer(Asking):
         precision: str = "float32",
         accumulate: int = 1,
         remat: bool | Callable[..., bool] = False,
+        hparams: Mapping[str, Any] | None = None,
         logdir: str | os.PathLike[str] | None = None,
         writers: Sequence[MetricWriter] = (),
         steps_per_call: int | Literal["auto"] = "auto",
@@ -127,7 +131,8 @@ class Trainer(Asking):
         if not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise TypeError(f"tx={tx!r}: expected an optax transformation, e.g. optax.adam(1e-3).")
         self._tx = tx
-        self._callbacks = with_defaults(check_callbacks(callbacks))
+        self._hparams = check_hparams(hparams)
+        self._callbacks = with_defaults(check_callbacks(callbacks), self._hparams)
         self._strategy = resolve_strategy(strategy, self.batch_axis)
         self._seed, self._remat = seed, remat
         self._accumulate = check_accumulate(accumulate, own_step=self._overridden("train_step") is not None)
@@ -236,6 +241,7 @@ class Trainer(Asking):
             stores=tuple(stores),
             keep_compiled=self._keep_compiled,
             overwrite=self._overwrite,
+            hparams=self._hparams or {},
         )
         if self._cpu_settings:
             set_up_cpu(self._engine.steps, lambda: first_spec(source))

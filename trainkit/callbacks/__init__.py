@@ -6,28 +6,41 @@ are called is the loop's, and what of them runs inside the compiled step is in `
 
 from trainkit.callbacks._callback import Callback, Phase, Rollback, Save, Stop, Update
 from trainkit.callbacks._checkpoint import Checkpoint
+from trainkit.callbacks._confusion_matrix import ConfusionMatrix
 from trainkit.callbacks._early_stopping import EarlyStopping
 from trainkit.callbacks._ema import EMA
+from trainkit.callbacks._embedding import Embedding
 from trainkit.callbacks._eval_view import EvalView
+from trainkit.callbacks._figure import Figure
+from trainkit.callbacks._hparams import HParams
+from trainkit.callbacks._images import Images
 from trainkit.callbacks._info import Info, Plan
 from trainkit.callbacks._lambda import Lambda
 from trainkit.callbacks._learning_rate import LearningRate
 from trainkit.callbacks._log_metrics import LogMetrics
+from trainkit.callbacks._model_summary import ModelSummary
 from trainkit.callbacks._nan_guard import NanGuard
 from trainkit.callbacks._progress import Progress
 from trainkit.callbacks._reduce_on_plateau import ReduceOnPlateau
 from trainkit.callbacks._swa import SWA
+from trainkit.callbacks._text import Text
 
 __all__ = [
     "Callback",
     "Checkpoint",
+    "ConfusionMatrix",
     "EMA",
     "EarlyStopping",
+    "Embedding",
     "EvalView",
+    "Figure",
+    "HParams",
+    "Images",
     "Info",
     "Lambda",
     "LearningRate",
     "LogMetrics",
+    "ModelSummary",
     "NanGuard",
     "Phase",
     "Plan",
@@ -37,5 +50,6 @@ __all__ = [
     "SWA",
     "Save",
     "Stop",
+    "Text",
     "Update",
 ]

@@ -6,9 +6,11 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import clu.metrics
 import jax
 
 from trainkit._core.history import History
+from trainkit._core.layer import Layer
 from trainkit._core.state import TrainState
 from trainkit._core.typing import PyTree
 from trainkit.writers._writer import MetricWriter
@@ -25,6 +27,9 @@ class Plan:
         steps_per_epoch: batches of one pass, None while it is not known.
         eval_names: names of the evaluation sources, e.g. `("eval",)`.
         dry_run: whether it only tries everything out: what is written outside of `info.logdir` stays unwritten.
+        seed: of the run.
+        batch_size: examples in a batch.
+        hparams: what `Trainer(hparams=)` was given.
     """
 
     first_step: int = 0
@@ -33,12 +38,17 @@ class Plan:
     steps_per_epoch: int | None = None
     eval_names: tuple[str, ...] = ()
     dry_run: bool = False
+    seed: int = 0
+    batch_size: int | None = None
+    hparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Asked(Protocol):
     """What answers the questions of a hook, for the state of the moment."""
 
-    def evaluate(self, data: Any, *, weights: str, limit: int | None) -> dict[str, Any]: ...
+    def evaluate(
+        self, data: Any, *, weights: str, limit: int | None, metrics: type[clu.metrics.Collection] | None
+    ) -> dict[str, Any]: ...
 
     def predict(
         self, data: Any, *, weights: str, limit: int | None, out: str | os.PathLike[str] | None
@@ -47,6 +57,8 @@ class Asked(Protocol):
     def apply(
         self, fn: Callable[..., Any], *args: Any, weights: str, rng: jax.Array | int | None
     ) -> PyTree: ...
+
+    def layers(self) -> list[Layer]: ...
 
 
 class Info:
@@ -145,7 +157,14 @@ class Info:
         """Returns "min" or "max" where a registered metric says which is better under that name, else None."""
         return self._direction(name)
 
-    def evaluate(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        weights: str = "averaged",
+        limit: int | None = None,
+        metrics: type[clu.metrics.Collection] | None = None,
+    ) -> dict[str, Any]:
         """Returns the metrics of the state of this moment over one pass of `data`, as `Trainer.evaluate` does.
 
         Args:
@@ -153,11 +172,12 @@ class Info:
             weights: "averaged" (or "ema") for those of the first view that a callback gives, where there is one; "live"
                 for the current ones; or the name of a view.
             limit: int >= 1, batches at most; None for all.
+            metrics: another collection than the trainer's, compiled at its first use; make it outside of the hook.
 
         Raises:
             RuntimeError: the call of the hook is over.
         """
-        return self._answers("evaluate").evaluate(data, weights=weights, limit=limit)
+        return self._answers("evaluate").evaluate(data, weights=weights, limit=limit, metrics=metrics)
 
     def predict(
         self,
@@ -203,6 +223,14 @@ class Info:
             TypeError: `fn` is no function, or `args` hold something else.
         """
         return self._answers("apply").apply(fn, *args, weights=weights, rng=rng)
+
+    def layers(self) -> list[Layer]:
+        """Returns the modules of the model: shapes in and out, parameters, operations, by one trace of an evaluation.
+
+        Raises:
+            RuntimeError: the call of the hook is over.
+        """
+        return self._answers("layers").layers()
 
     def expire(self) -> None:
         """Ends the validity of `state` and of the questions; the loop calls this after the hook."""
