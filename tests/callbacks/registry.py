@@ -9,6 +9,17 @@ import numpy as np
 import trainkit as tk
 from trainkit.testing._classifier import examples
 
+
+class _Trial:
+    """What of Optuna's trials is asked for."""
+
+    def report(self, value, step):
+        pass
+
+    def should_prune(self):
+        return False
+
+
 REGISTRY = {
     "ConfusionMatrix": lambda: tk.callbacks.ConfusionMatrix([examples(4, seed=9)]),
     "EMA": lambda: tk.callbacks.EMA(0.9),
@@ -21,11 +32,17 @@ REGISTRY = {
     "Lambda": lambda: tk.callbacks.Lambda(on_step=lambda info: None),
     "LearningRate": lambda: tk.callbacks.LearningRate(schedule=lambda count: 0.1 / (1 + count)),
     "LogMetrics": lambda: tk.callbacks.LogMetrics(every=tk.Every(steps=3)),
+    "Memory": lambda: tk.callbacks.Memory(tk.Every(steps=2)),
     "ModelSummary": lambda: tk.callbacks.ModelSummary(),
     "NanGuard": lambda: tk.callbacks.NanGuard("skip"),
+    "OptunaPrune": lambda: tk.callbacks.OptunaPrune(_Trial(), "eval/loss"),
+    "Profile": lambda: tk.callbacks.Profile(at=2, steps=2),
     "Progress": lambda: tk.callbacks.Progress(),
     "ReduceOnPlateau": lambda: tk.callbacks.ReduceOnPlateau("eval/loss", mode="min", patience=50),
     "SWA": lambda: tk.callbacks.SWA(2, 2),
+    "StopAfter": lambda: tk.callbacks.StopAfter(steps=1000),
+    "StopWhen": lambda: tk.callbacks.StopWhen("eval/loss", below=-1.0),
     "Text": lambda: tk.callbacks.Text(lambda info: f"step {info.step}", every=tk.Every(steps=2)),
+    "Throughput": lambda: tk.callbacks.Throughput(tk.Every(steps=2), items={"rows": lambda batch: 1}),
 }
 """Functions that make one, by name of the class."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainkit._core.cadence import Cadence
@@ -39,6 +39,7 @@ class Request:
         overwrite: whether a run that `logdir` holds is removed.
         dry: whether everything is only tried out.
         hparams: those of the trainer.
+        card: returns what is noted of the run at its start, None where nothing is.
     """
 
     fit: int
@@ -57,6 +58,7 @@ class Request:
     overwrite: bool = False
     dry: bool = False
     hparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    card: Callable[[], str] | None = None
 
     def as_dry_run(self, steps: int, logdir: pathlib.Path) -> "Request":
         """Returns the same request for a fit of a few steps, evaluations of as many batches, in a folder."""
@@ -71,6 +73,7 @@ class Request:
             stores=(),
             keep_compiled=False,
             dry=True,
+            card=None,
         )
 
     def __post_init__(self) -> None:

@@ -43,6 +43,7 @@ from trainkit._trainer.arguments import (
 )
 from trainkit._trainer.asking import Asking
 from trainkit._trainer.overridable import OVERRIDABLE
+from trainkit._trainer.run_card import run_card
 from trainkit._trainer.summary import overview
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._checkpoint import Checkpoint
@@ -242,6 +243,7 @@ class Trainer(Asking):
             keep_compiled=self._keep_compiled,
             overwrite=self._overwrite,
             hparams=self._hparams or {},
+            card=lambda: run_card(self.summary()),
         )
         if self._cpu_settings:
             set_up_cpu(self._engine.steps, lambda: first_spec(source))

@@ -14,16 +14,22 @@ from trainkit.callbacks._eval_view import EvalView
 from trainkit.callbacks._figure import Figure
 from trainkit.callbacks._hparams import HParams
 from trainkit.callbacks._images import Images
-from trainkit.callbacks._info import Info, Plan
+from trainkit.callbacks._info import Info, Plan, Work
 from trainkit.callbacks._lambda import Lambda
 from trainkit.callbacks._learning_rate import LearningRate
 from trainkit.callbacks._log_metrics import LogMetrics
+from trainkit.callbacks._memory import Memory
 from trainkit.callbacks._model_summary import ModelSummary
 from trainkit.callbacks._nan_guard import NanGuard
+from trainkit.callbacks._optuna_prune import OptunaPrune
+from trainkit.callbacks._profile import Profile
 from trainkit.callbacks._progress import Progress
 from trainkit.callbacks._reduce_on_plateau import ReduceOnPlateau
+from trainkit.callbacks._stop_after import StopAfter
+from trainkit.callbacks._stop_when import StopWhen
 from trainkit.callbacks._swa import SWA
 from trainkit.callbacks._text import Text
+from trainkit.callbacks._throughput import Throughput
 
 __all__ = [
     "Callback",
@@ -40,16 +46,23 @@ __all__ = [
     "Lambda",
     "LearningRate",
     "LogMetrics",
+    "Memory",
     "ModelSummary",
     "NanGuard",
+    "OptunaPrune",
     "Phase",
     "Plan",
+    "Profile",
     "Progress",
     "ReduceOnPlateau",
     "Rollback",
     "SWA",
     "Save",
     "Stop",
+    "StopAfter",
+    "StopWhen",
     "Text",
+    "Throughput",
     "Update",
+    "Work",
 ]

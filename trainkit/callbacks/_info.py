@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import clu.metrics
 import jax
@@ -61,6 +61,29 @@ class Asked(Protocol):
     def layers(self) -> list[Layer]: ...
 
 
+class Work(NamedTuple):
+    """What the steps of a fit did so far.
+
+    Attributes:
+        steps: that were run, those that a callback went back on included.
+        examples: real rows that they took, padding left out, of all processes.
+    """
+
+    steps: int = 0
+    examples: int = 0
+
+
+class Costs(Protocol):
+    """What says what a fit has cost so far."""
+
+    def timing(self) -> Mapping[str, float]: ...
+
+    def work(self) -> Work: ...
+
+    @property
+    def step_flops(self) -> Callable[[], float | None]: ...
+
+
 class Info:
     """What a hook of a callback is told. Read-only; `state` and the questions are valid during the call only.
 
@@ -69,6 +92,7 @@ class Info:
         metrics: returns the metrics of this moment.
         direction: says which way a metric improves.
         asked: answers questions about the state; None where nothing can.
+        costs: says what the fit has cost so far; None where nothing can.
 
     Attributes:
         step: updates completed.
@@ -91,6 +115,7 @@ class Info:
     _metrics: Callable[[], Mapping[str, Any]]
     _direction: Callable[[str], str | None]
     _asked: Asked | None
+    _costs: Costs | None
 
     def __init__(
         self,
@@ -106,6 +131,7 @@ class Info:
         seconds: float,
         direction: Callable[[str], str | None],
         asked: Asked | None = None,
+        costs: Costs | None = None,
     ) -> None:
         # Past __setattr__, which refuses.
         self.__dict__.update(
@@ -120,6 +146,7 @@ class Info:
             _metrics=metrics,
             _direction=direction,
             _asked=asked,
+            _costs=costs,
         )
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -152,6 +179,25 @@ class Info:
         if "_read" not in self.__dict__:
             self.__dict__["_read"] = self._metrics()
         return self.__dict__["_read"]
+
+    @property
+    def timing(self) -> Mapping[str, float]:
+        """Seconds of this fit so far by part, as `FitResult.timing` has them at its end; looks at the clock."""
+        return {} if self._costs is None else self._costs.timing()
+
+    @property
+    def work(self) -> Work:
+        """What the steps of this fit did so far."""
+        return Work() if self._costs is None else self._costs.work()
+
+    @property
+    def step_flops(self) -> float | None:
+        """Floating point operations of one training step on all devices, as XLA counts them before it optimises.
+
+        Found at the first look, which lowers the step and compiles nothing; None where the strategy can't tell. A loop
+        on the device (`nn.scan`, `nn.RNN`) counts as one round of it.
+        """
+        return None if self._costs is None else self._costs.step_flops()
 
     def direction(self, name: str) -> str | None:
         """Returns "min" or "max" where a registered metric says which is better under that name, else None."""
