@@ -244,6 +244,13 @@ def test_what_a_file_does_not_hold(tmp_path, line):
     with pytest.raises(ValueError, match=r"one unit .*leave out= away"):
         made.predict([{"x": X}], out=tmp_path)
 
+    class Empty(Line):
+        def predict_step(self, model, batch, ctx):
+            return {}
+
+    with pytest.raises(ValueError, match="predict_step gives no array"):
+        trainer(Empty).predict([{"x": X}], out=tmp_path / "empty")
+
     class Dots(Line):
         def predict_step(self, model, batch, ctx):
             return {"..": model(batch["x"])}

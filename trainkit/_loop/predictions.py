@@ -48,6 +48,10 @@ def predict_into(engine: Engine, state: TrainState, source: Source, folder: str 
         ),
         *(Leaf(name, leaf.dtype, leaf.shape[1:]) for name, leaf in beside.items()),
     ]
+    if not leaves:
+        raise ValueError(
+            "predict_step gives no array, so there is nothing to write: return outputs from loss, or override it."
+        )
     made_for = {
         "weights": _digest_of_state(state),
         "program": _digest_of_program(program),
