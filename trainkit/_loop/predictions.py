@@ -22,7 +22,8 @@ from trainkit._core.typing import PyTree
 from trainkit._engine.engine import Engine
 from trainkit._feed.leaves import with_host
 from trainkit._loop.evaluate import Fetching, check_rows, open_pass, peek
-from trainkit._loop.npy_files import Leaf, NpyFiles
+from trainkit._loop.npy_files import NpyFiles
+from trainkit._loop.npy_leaf import Leaf
 from trainkit._step.checks import explained_errors
 from trainkit.data._source import Source
 
