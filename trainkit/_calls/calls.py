@@ -68,7 +68,7 @@ class Calls:
             said = str(choice)
             if choice.size > 1:
                 said += f", {choice.size * self._tuner.programs.bytes:,} bytes of batches a call"
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(self._held))
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(self._held[-1:]))
         return f"{said}; {held:,} bytes of data on the device" if held else said
 
     def begin(self, given: Choice | None, steps: float | None, held: PyTree = NOTHING) -> None:
@@ -77,7 +77,8 @@ class Calls:
         Args:
             given: the choice of the run that is resumed, None to find one.
             steps: that the fit is going to run, None where it is not known.
-            held: data on the device from which steps pick the rows that they are given the numbers of.
+            held: what steps are given at each call: beside state and batch, and data on the device from which they
+                pick the rows that they are given the numbers of.
         """
         self._held = held
         # A number of steps that the user gave leaves nothing open.

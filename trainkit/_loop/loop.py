@@ -108,7 +108,7 @@ class Loop:
     def _begin_calls(self, resumed: Saved | None) -> None:
         given = None if resumed is None else Choice.recall(resumed.choice)
         steps = self.standing.plan.steps
-        held = self._engine.strategy.replicate(self._supply.held)
+        held = self._engine.held(self._engine.strategy.replicate(self._supply.held))
         feed, engine, standing = self._prepared.feed, self._engine, self.standing
         feed.on_padding = lambda one: engine.padding.training(
             feed, standing.step, standing.raw, standing.impl, held, one

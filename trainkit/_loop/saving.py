@@ -117,6 +117,7 @@ class Saving:
             data=self._request.source.facts(),
             place=place,
             came_to=standing.came_to,
+            frozen=self._engine.steps.constants.fingerprint(self._engine.strategy),
             **self._record.state(standing.step),
         )
         return contents_of(standing.state, saved, labels)

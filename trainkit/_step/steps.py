@@ -22,6 +22,7 @@ from trainkit._step.checks import (
     check_unused,
 )
 from trainkit._step.forward import Forward, UserFunctions
+from trainkit._step.given import Constants, Given
 from trainkit._step.guard import settle, unless_weightless
 from trainkit._step.losses import for_metrics, mean_share, of_all, quotient
 from trainkit._step.parts import Apply, Parts, Pass, Updated
@@ -47,9 +48,11 @@ class Steps:
         precision: Precision,
         accumulate: int,
         remat: bool | Callable[..., bool],
+        constants: Constants,
     ) -> None:
         self._model, self._tx, self._strategy, self._user = model, tx, strategy, user
-        self._forward = Forward(model, strategy, user, remat)
+        self._forward = Forward(model, strategy, user, remat, constants)
+        self.constants = constants
         self._hooks = (loss_scale_hook(), *hooks) if precision.scaled else hooks
         self._precision, self._accumulate, self._remat = precision, accumulate, remat
         self._default_is_used = user.train_step is None
@@ -57,16 +60,18 @@ class Steps:
 
     # Initialisation -------------------------------------------------------------------------------------------
 
-    def init(self, rng: jax.Array, batch: Batch) -> TrainState:
+    def init(self, given: Given, rng: jax.Array, batch: Batch) -> TrainState:
         """Returns the state at step 0 from `rng` and the shapes of `batch`; to be compiled as one program."""
-        return self._init(rng, batch)
+        return self._init(given, rng, batch)
 
     @functools.cached_property
     def _init(self) -> Any:
-        def init(rng: jax.Array, batch: Batch) -> TrainState:
+        def init(given: Given, rng: jax.Array, batch: Batch) -> TrainState:
             init_rng, step_rng = jax.random.split(rng)
             init_variables = self._user.init_variables or self.init_variables
-            return self.state_of(init_variables(init_rng, batch), step_rng)
+            with self.constants.traced(given):
+                variables = init_variables(init_rng, batch)
+            return self.state_of(variables, step_rng)
 
         return _traced_once(init)
 
@@ -93,6 +98,7 @@ class Steps:
         self,
         accumulator: Accumulator,
         impl: str,
+        given: Given,
         state: TrainState,
         packed: Any,
         batch: Batch,
@@ -103,6 +109,7 @@ class Steps:
         Args:
             accumulator: of the training metrics.
             impl: of the key in `state`.
+            given: beside state and batch.
             state: donated; its key is raw, see `with_raw_key`.
             packed: what `accumulator` carries.
             batch: leaves `[batch, ...]`; a tuple of batches where gradients are accumulated.
@@ -113,7 +120,7 @@ class Steps:
         """
         self.traces.record("training", {"state": state, "batch": batch, "mask": mask})
         state = with_typed_key(state, impl)
-        done = self._attempt(state, batch, mask)
+        done = self._attempt(given, state, batch, mask)
         values = done.told(state)
         new_state, merged = update_hooks(self._hooks, values), packed
         for outputs in done.outputs:
@@ -128,15 +135,18 @@ class Steps:
             new_state = settle(self._hooks, keep, values, new_state, again, one_device=one_device)
         return with_raw_key(new_state), merged
 
-    def attempt(self, state: TrainState, batch: Batch, mask: jax.Array | None) -> Updated:
+    def attempt(self, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None) -> Updated:
         """One optimizer update, of `batch` and `mask` as `train` takes them, before the hooks are told."""
         parts = ((batch, mask),) if self._accumulate == 1 else tuple(zip(batch, mask or (), strict=True))
-        return self._step(state, parts)
+        with self.constants.traced(given):
+            return self._step(state, parts)
 
-    def attempt_one(self, state: TrainState, batch: Batch) -> Updated:
+    def attempt_one(self, given: Given, state: TrainState, batch: Batch) -> Updated:
         """One optimizer update of one batch, all of whose rows are real, also where a step takes several."""
-        alone = self._accumulate == 1
-        return self._attempt(state, batch, None) if alone else self._step(state, ((batch, None),))
+        if self._accumulate == 1:
+            return self._attempt(given, state, batch, None)
+        with self.constants.traced(given):
+            return self._step(state, ((batch, None),))
 
     @functools.cached_property
     def _attempt(self) -> Any:
@@ -150,7 +160,7 @@ class Steps:
             batch: shapes and dtypes, leaves `[batch, ...]`.
         """
         parts = (batch, None) if self._accumulate == 1 else ((batch,), (None,))
-        return self._attempt.trace(state, *parts)
+        return self._attempt.trace(self.constants.spec(), state, *parts)
 
     def default_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """What `Trainer.train_step` does unless it is overridden: every row of `batch` is real."""
@@ -272,20 +282,22 @@ class Steps:
         return jnp.maximum(self._strategy.sum(jnp.stack(counts).sum()), 1)
 
     def row_losses(
-        self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> dict[str, jax.Array]:
         """Returns the losses that a training step computes, and their weights where they have any, all `[batch]`.
 
         Args:
             impl: of the key in `state`.
+            given: beside state and batch.
             state: its key is raw.
             batch: leaves `[batch, ...]`.
             mask: `bool[batch]`.
         """
         state = with_typed_key(state, impl)
-        losses, _, _ = self._forward.losses(
-            state.variables, batch, mask, state.step, _step_key(state), train=True
-        )
+        with self.constants.traced(given):
+            losses, _, _ = self._forward.losses(
+                state.variables, batch, mask, state.step, _step_key(state), train=True
+            )
         told = for_metrics(losses, {}, mask, self._forward.rows(batch))
         return {name: told[name] for name in ("loss", "weight") if name in told}
 
@@ -298,6 +310,7 @@ class Steps:
         self,
         accumulator: Accumulator,
         impl: str,
+        given: Given,
         state: TrainState,
         carry: Any,
         batch: Batch,
@@ -310,7 +323,7 @@ class Steps:
         """
         self.traces.record("evaluation", {"state": state, "batch": batch, "mask": mask})
         packed, counted = carry
-        _, outputs = self.eval_outputs(with_typed_key(state, impl), batch, mask)
+        _, outputs = self.eval_outputs(given, with_typed_key(state, impl), batch, mask)
         packed = self._merge_metrics(accumulator, packed, outputs)
         counted = counted + self._strategy.sum(self._forward.real(batch, mask).sum(dtype=jnp.int32))
         return (packed, counted), accumulator.collect(**outputs)
@@ -327,32 +340,46 @@ class Steps:
         )
         return losses, for_metrics(losses, outputs, mask, self._forward.rows(batch))
 
-    def predict(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
+    def predict(
+        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> PyTree:
         """Outputs of `predict_step` for one batch, leaves `[batch, ...]`."""
         self.traces.record("prediction", {"state": state, "batch": batch, "mask": mask})
-        return self.prediction(impl, state, batch, mask)
+        return self.prediction(impl, given, state, batch, mask)
 
-    def prediction(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
+    def prediction(
+        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> PyTree:
         """As `predict`, for a program of its own: it takes no part in the report of what compiles again."""
         state = with_typed_key(state, impl)
-        return self._forward.predictions(state.variables, batch, mask, state.step, _step_key(state))
+        with self.constants.traced(given):
+            return self._forward.predictions(state.variables, batch, mask, state.step, _step_key(state))
 
     def applied(
         self,
         impl: str,
         fn: Callable[..., Any],
+        given: Given,
         state: TrainState,
         args: tuple[Any, ...],
         rng: jax.Array | None,
     ) -> PyTree:
         """Returns `fn(bound module, *args)`, not training; what it changes is dropped. `rng` is the step's if None."""
         state = with_typed_key(state, impl)
-        return self._forward.applied(fn, state.variables, args, _step_key(state) if rng is None else rng)
+        key = _step_key(state) if rng is None else rng
+        with self.constants.traced(given):
+            return self._forward.applied(fn, state.variables, args, state.step, key)
 
     def eval_outputs(
-        self, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> tuple[bool, dict[str, Any]]:
         """Returns whether the loss comes one per example, and one batch's outputs for the metrics."""
+        with self.constants.traced(given):
+            return self._eval_outputs(state, batch, mask)
+
+    def _eval_outputs(
+        self, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> tuple[bool, dict[str, Any]]:
         if self._user.eval_step is None:
             losses, outputs = self._eval_forward(state, batch, mask)
             return _per_example(losses), outputs

@@ -4,7 +4,7 @@ import functools
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, final
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ import optax
 from trainkit._calls.calls import CallSettings
 from trainkit._core.cadence import Cadence, as_cadence
 from trainkit._core.state import TrainState
-from trainkit._core.typing import Batch
+from trainkit._core.typing import Batch, PyTree
 from trainkit._debug.diagnosis import Diagnosis
 from trainkit._debug.replay import Replay
 from trainkit._engine.cpu_settings import describe_allocator, set_up_cpu, switched_on
@@ -28,6 +28,7 @@ from trainkit._models.linen import LinenModel
 from trainkit._models.precision import resolve_precision
 from trainkit._resume.restore import Restored
 from trainkit._step.forward import UserFunctions
+from trainkit._step.given import Constants, check_hparams
 from trainkit._step.steps import Steps
 from trainkit._trainer.arguments import (
     check_accumulate,
@@ -85,6 +86,10 @@ class Trainer(Asking):
         dry_run: int >= 1: every fit runs so many steps, evaluations of as many batches, and at its last step every
             callback and every save, whatever its cadence; logs and checkpoints go to a temporary folder, which is
             `info.logdir`, your own `writers` get nothing, and `resume` is ignored. To see that a long run will work.
+        frozen: trees of arrays by name, such as the variables of a teacher: every step takes them as arguments, in
+            `ctx.frozen`. They are neither trained nor saved; a run is resumed with equal ones only.
+        hparams: values by name, perhaps nested, that describe the run. The numbers among them (not True and False)
+            reach `loss` and `predict_step` as `float32[]` in `ctx.hparams`; strings and all else are for the log.
 
     Raises:
         TypeError: an argument is of the wrong kind, e.g. a callback class instead of an object.
@@ -121,6 +126,8 @@ class Trainer(Asking):
         overwrite: bool = False,
         interrupt: Literal["return", "raise"] = "return",
         dry_run: int | None = None,
+        frozen: Mapping[str, PyTree] | None = None,
+        hparams: Mapping[str, Any] | None = None,
     ) -> None:
         self._precision = resolve_precision(precision)
         self._model = LinenModel(model, self._precision)
@@ -140,6 +147,8 @@ class Trainer(Asking):
         # A dry run measures nothing, and leaves nothing of what it measured.
         calls = 1 if dry_run is not None and steps_per_call == "auto" else steps_per_call
         self._settings = CallSettings(check_steps_per_call(calls), self._cpu_settings)
+        self._hparams = check_hparams(hparams)
+        self._constants = Constants(frozen, hparams)
         check_metrics(self.metrics)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -360,6 +369,7 @@ class Trainer(Asking):
             precision=self._precision,
             accumulate=self._accumulate,
             remat=self._remat,
+            constants=self._constants,
         )
         return Engine(
             steps, self._strategy, self.metrics, scaled=self._precision.scaled, settings=self._settings
