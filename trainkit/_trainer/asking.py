@@ -145,7 +145,8 @@ class Asking(Overridable):
         It runs in the scope of the bound module as `loss` does, but not training: what it changes is dropped.
 
         Args:
-            fn: e.g. `lambda model, z: model.decode(z)`; define it once, not anew for each call.
+            fn: e.g. `lambda model, z: model.decode(z)`; define it once, not anew for each call. One with a parameter
+                named `ctx` is given the `StepContext` by that name.
             *args: trees of arrays and numbers.
             weights: as for `evaluate`.
             rng: a key or an int, of all streams of the module; by default that of the step.
