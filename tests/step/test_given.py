@@ -199,7 +199,8 @@ def test_others_in_form_are_refused_by_name_and_so_is_setting_them_in_a_fit():
 def test_without_any_there_is_nothing_to_take():
     class Plain(tk.Trainer):
         def loss(self, model, batch, ctx):
-            assert ctx.frozen == {} and ctx.hparams == {}
+            assert ctx.frozen == {}
+            assert ctx.hparams == {}
             return (model(batch["x"]) ** 2).sum(-1), {}
 
     trainer = Plain(Student(), optax.sgd(RATE))

@@ -47,6 +47,7 @@ from trainkit._trainer.summary import overview
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.checkpoint._store import Store
+from trainkit.optim._by_path import ByPath
 from trainkit.parallel._strategy import Strategy
 from trainkit.writers._logdir import local_folder
 from trainkit.writers._writer import MetricWriter
@@ -344,7 +345,8 @@ class Trainer(Asking):
             "steps per call": self._engine.describe_calls(),
             **({"allocator": describe_allocator()} if jax.default_backend() == "cpu" else {}),
         }
-        return overview(self._current("summary"), settings)
+        group_of = self._tx.group_of if isinstance(self._tx, ByPath) else None
+        return overview(self._current("summary"), settings, group_of)
 
     # Wiring ---------------------------------------------------------------------------------------------------
 
