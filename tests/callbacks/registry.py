@@ -14,5 +14,6 @@ REGISTRY = {
     "NanGuard": lambda: tk.callbacks.NanGuard("skip"),
     "Progress": lambda: tk.callbacks.Progress(),
     "ReduceOnPlateau": lambda: tk.callbacks.ReduceOnPlateau("eval/loss", mode="min", patience=50),
+    "SetHyperparam": lambda: tk.callbacks.SetHyperparam("learning_rate", lambda info: 0.1 / (1 + info.step)),
 }
 """Functions that make one, by name of the class."""

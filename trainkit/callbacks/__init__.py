@@ -15,6 +15,7 @@ from trainkit.callbacks._log_metrics import LogMetrics
 from trainkit.callbacks._nan_guard import NanGuard
 from trainkit.callbacks._progress import Progress
 from trainkit.callbacks._reduce_on_plateau import ReduceOnPlateau
+from trainkit.callbacks._set_hyperparam import SetHyperparam
 
 __all__ = [
     "Callback",
@@ -32,6 +33,7 @@ __all__ = [
     "ReduceOnPlateau",
     "Rollback",
     "Save",
+    "SetHyperparam",
     "Stop",
     "Update",
 ]
