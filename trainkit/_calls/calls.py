@@ -85,6 +85,18 @@ class Calls:
         self._given = given if self._settings.steps_per_call is None else None
         self._remaining, self._tuner = steps or 0, None
 
+    def hold(self, held: PyTree) -> bool:
+        """Has steps be given something else from now on; says whether they are another program, to be opened anew.
+
+        Such a program is called as the one before.
+        """
+        if jax.tree.structure(held) == jax.tree.structure(self._held):
+            return False
+        if self._settings.steps_per_call is None and self.choice is not None:
+            self._given = self.choice
+        self._held, self._tuner = held, None
+        return True
+
     def open(self, raw: Any, packed: Any, first: Fed) -> None:
         """Begins a pass over the data, whose first batch is `first`: most batches are expected to be of its make."""
         if self._alone:

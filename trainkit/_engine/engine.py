@@ -1,5 +1,6 @@
 """The compiled steps of one trainer, made at first use and kept. Owns compilation; not the order of calls."""
 
+import dataclasses
 import functools
 import threading
 import weakref
@@ -37,6 +38,7 @@ from trainkit.data._source import Source
 from trainkit.hooks._ema import find_ema, view
 from trainkit.hooks._loss_scale import SkippedUpdates
 from trainkit.metrics._accumulator import Accumulator
+from trainkit.optim._stages import Stages
 from trainkit.parallel._strategy import Role, Strategy
 
 
@@ -60,8 +62,9 @@ class Engine:
         *,
         scaled: bool,
         settings: CallSettings = ONE_BY_ONE,
+        stages: Stages | None = None,
     ) -> None:
-        self.steps, self.strategy = steps, strategy
+        self.steps, self.strategy, self.stages = steps, strategy, stages
         self._collections = {"training": _with_loss_scale(collection) if scaled else collection}
         self._collections["evaluation"] = collection
         self._prepared: dict[tuple[Any, ...], tuple[Callable[..., Any], Accumulator, PyTree, Calls]] = {}
@@ -155,9 +158,12 @@ class Engine:
         """Returns what steps are given beside state and batch, on the devices."""
         return self.steps.constants.placed(self.strategy)
 
-    def held(self, data: PyTree) -> tuple[Given, PyTree]:
-        """Returns the third argument of a training step: what it is given, and the data it picks its rows from."""
-        return self.given(), data
+    def held(self, data: PyTree, step: int) -> tuple[Given, PyTree]:
+        """Returns the third argument of the training step after `step`: what it is given, and data to pick rows of."""
+        given, stages = self.given(), self.stages
+        if stages is not None:
+            given = dataclasses.replace(given, held_back=stages.held_back(step))
+        return given, data
 
     def complete(self, state: TrainState, seed: int) -> TrainState:
         """Returns `state` on the devices, with the key and the memory of step hooks that it may lack.

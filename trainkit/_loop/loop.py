@@ -108,8 +108,9 @@ class Loop:
     def _begin_calls(self, resumed: Saved | None) -> None:
         given = None if resumed is None else Choice.recall(resumed.choice)
         steps = self.standing.plan.steps
-        held = self._engine.held(self._engine.strategy.replicate(self._supply.held))
         feed, engine, standing = self._prepared.feed, self._engine, self.standing
+        self._data = engine.strategy.replicate(self._supply.held)
+        held = engine.held(self._data, standing.step)
         feed.on_padding = lambda one: engine.padding.training(
             feed, standing.step, standing.raw, standing.impl, held, one
         )
@@ -296,6 +297,8 @@ class Loop:
                 due, alarm = self._due(), self._alarm()
                 waited, asked = 0.0, clock()
                 if more:
+                    if self._hold():
+                        calls.open(standing.raw, metrics.packed, intake.first())
                     calls.resume()
         watch.turn("other")
 
@@ -312,8 +315,16 @@ class Loop:
             first = intake.first()
         with self._watch.on("compile"):
             self._engine.wait_for("training")
+        self._hold()
         self._prepared.calls.open(self.standing.raw, self._metrics.packed, first)
         return more
+
+    def _hold(self) -> bool:
+        """Has the next steps train the parameters that are released by now; says whether others than before."""
+        stages = self._engine.stages
+        return stages is not None and self._prepared.calls.hold(
+            self._engine.held(self._data, self.standing.step)
+        )
 
     def _note_failure(self, error: Exception, feds: Sequence[Fed]) -> None:
         read = [fed._replace(batch=self._supply.read(fed.batch)) for fed in feds]

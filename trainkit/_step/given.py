@@ -17,6 +17,7 @@ import numpy as np
 
 from trainkit._core.tree import describe, differences, is_key, named_leaves, signature
 from trainkit._core.typing import PyTree
+from trainkit.optim._staged import holding_back
 from trainkit.parallel._strategy import Strategy
 
 
@@ -27,12 +28,12 @@ class Given:
     Attributes:
         frozen: trees of arrays by name.
         hparams: `float32[]` by name, perhaps nested.
-        trained: the groups of parameters that a training step moves, static; None for all parameters.
+        held_back: static; the groups of parameters that a training step does not move, see `Staged`.
     """
 
     frozen: Mapping[str, PyTree] = flax.struct.field(default_factory=dict)
     hparams: Mapping[str, Any] = flax.struct.field(default_factory=dict)
-    trained: frozenset[str] | None = flax.struct.field(pytree_node=False, default=None)
+    held_back: frozenset[str] = flax.struct.field(pytree_node=False, default=frozenset())
 
 
 _TRACED: contextvars.ContextVar[tuple[Any, Given] | None] = contextvars.ContextVar("given", default=None)
@@ -88,7 +89,8 @@ class Constants:
         """Has the functions of the user find `given` within."""
         token = _TRACED.set((self, given))
         try:
-            yield
+            with holding_back(given.held_back):
+                yield
         finally:
             _TRACED.reset(token)
 

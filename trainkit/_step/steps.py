@@ -27,10 +27,12 @@ from trainkit._step.guard import settle, unless_weightless
 from trainkit._step.losses import for_metrics, mean_share, of_all, quotient
 from trainkit._step.parts import Apply, Parts, Pass, Updated
 from trainkit._step.trace import TraceLog
+from trainkit._step.trained import split, with_still, with_zeros
 from trainkit.hooks._hook import StepHook, admitted, init_hooks, update_hooks
 from trainkit.hooks._loss_scale import NAME as LOSS_SCALE
 from trainkit.hooks._loss_scale import adjusted, all_finite, loss_scale_hook
 from trainkit.metrics._accumulator import Accumulator
+from trainkit.optim._staged import Staged
 from trainkit.parallel._strategy import Strategy
 
 
@@ -120,6 +122,12 @@ class Steps:
         """
         self.traces.record("training", {"state": state, "batch": batch, "mask": mask})
         state = with_typed_key(state, impl)
+        with self.constants.traced(given):
+            return self._trained(accumulator, given, state, packed, batch, mask)
+
+    def _trained(
+        self, accumulator: Accumulator, given: Given, state: TrainState, packed: Any, batch: Batch, mask: Any
+    ) -> tuple[TrainState, Any]:
         done = self._attempt(given, state, batch, mask)
         values = done.told(state)
         new_state, merged = update_hooks(self._hooks, values), packed
@@ -203,6 +211,7 @@ class Steps:
             passes.append(self._pass(state, model_state, batch, mask, key, examples))
             model_state = {**model_state, **passes[-1].updated}
         loss, weight, grads = self._joined(passes)
+        grads = with_zeros(grads, state.params, self._moving(state.params))
         outputs = [
             for_metrics(one.losses, one.outputs, mask, self._forward.rows(batch))
             for one, (batch, mask) in zip(passes, parts, strict=True)
@@ -232,11 +241,17 @@ class Steps:
 
     def _apply(self, state: TrainState, grads: PyTree, model_state: dict[str, Any]) -> TrainState:
         new_state = state.apply_gradients(grads=grads, model_state=model_state)
+        params = with_still(new_state.params, state.params, self._moving(state.params))
+        new_state = new_state.replace(params=params)
         if not self._precision.scaled:
             return new_state
         finite, memory = all_finite(grads), state.hooks[LOSS_SCALE]
         new_state = select(finite, new_state, state.replace(step=new_state.step))
         return new_state.replace(hooks={**state.hooks, LOSS_SCALE: adjusted(memory, finite)})
+
+    def _moving(self, params: PyTree) -> list[bool] | None:
+        """Returns for each leaf of the parameters whether the step that is being traced trains it; None for all."""
+        return self._tx.moving(params) if isinstance(self._tx, Staged) else None
 
     def _again(self, done: Updated) -> Apply | None:
         """Returns the update that was done as a function of the state before it; None where only the user can."""
@@ -259,8 +274,10 @@ class Steps:
         scales = {name: model_state[name] for name in (OVERWRITTEN,) if name in model_state}
         check_scales(scales, one_example=self._forward.sees_one_example)
 
-        def objective(params: PyTree, scales: dict[str, Any]) -> tuple[jax.Array, tuple[Any, ...]]:
-            variables = {**model_state, **scales, "params": params}
+        trained, joined = split(state.params, self._moving(state.params))
+
+        def objective(trained: PyTree, scales: dict[str, Any]) -> tuple[jax.Array, tuple[Any, ...]]:
+            variables = {**model_state, **scales, "params": joined(trained)}
             losses, outputs, updated = self._forward.losses(
                 variables, batch, mask, state.step, rng, train=True
             )
@@ -271,7 +288,7 @@ class Steps:
             return loss if scale is None else loss * scale, (loss, weight, losses, outputs, updated)
 
         gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)
-        (grads, replaced), (loss, weight, losses, outputs, updated) = gradient(state.params, scales)
+        (grads, replaced), (loss, weight, losses, outputs, updated) = gradient(trained, scales)
         return Pass(loss, weight, losses, outputs, updated, grads, replaced)
 
     def _examples(self, parts: Parts) -> jax.Array | None:

@@ -48,6 +48,7 @@ from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.checkpoint._store import Store
 from trainkit.optim._by_path import ByPath
+from trainkit.optim._staged import staged
 from trainkit.parallel._strategy import Strategy
 from trainkit.writers._logdir import local_folder
 from trainkit.writers._writer import MetricWriter
@@ -362,9 +363,10 @@ class Trainer(Asking):
             eval_step=self._overridden("eval_step"),
             units=self.batch_axis is None,
         )
+        stages = next((found for one in self._callbacks if (found := one.stages()) is not None), None)
         steps = Steps(
             model=self._model,
-            tx=self._tx,
+            tx=self._tx if stages is None else staged(self._tx, stages.patterns),
             strategy=self._strategy,
             hooks=hooks,
             user=user,
@@ -374,7 +376,12 @@ class Trainer(Asking):
             constants=self._constants,
         )
         return Engine(
-            steps, self._strategy, self.metrics, scaled=self._precision.scaled, settings=self._settings
+            steps,
+            self._strategy,
+            self.metrics,
+            scaled=self._precision.scaled,
+            settings=self._settings,
+            stages=stages,
         )
 
     def _checkpoints(self) -> list[Store]:

@@ -8,6 +8,7 @@ from trainkit.callbacks._callback import Callback, Phase, Rollback, Save, Stop, 
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.callbacks._early_stopping import EarlyStopping
 from trainkit.callbacks._ema import EMA
+from trainkit.callbacks._finetune import Finetune
 from trainkit.callbacks._info import Info, Plan
 from trainkit.callbacks._lambda import Lambda
 from trainkit.callbacks._learning_rate import LearningRate
@@ -22,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "EMA",
     "EarlyStopping",
+    "Finetune",
     "Info",
     "Lambda",
     "LearningRate",

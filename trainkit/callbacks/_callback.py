@@ -10,6 +10,7 @@ from trainkit._core.cadence import Cadence, Every
 from trainkit._core.state import TrainState
 from trainkit.callbacks._info import Info
 from trainkit.hooks._hook import StepHook
+from trainkit.optim._stages import Stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +149,10 @@ class Callback:
 
     def step_hook(self) -> StepHook | None:
         """Returns the pure pair to trace into the compiled training step, None for none."""
+        return None
+
+    def stages(self) -> Stages | None:
+        """Returns from which step on groups of parameters are trained, None to have no say; of one trainer one has."""
         return None
 
     def implements(self, hook: str) -> bool:

@@ -79,11 +79,18 @@ def by_path(groups: Mapping[str, optax.GradientTransformation]) -> ByPath:
     inner = optax.partition(transforms, labels_of)
 
     def init(params: PyTree) -> Any:
-        # A tree without leaves is a placeholder, with which optax looks for what in a state belongs to parameters.
-        if names := [name for _, name in paths_of(params)]:
+        # A tree without leaves is a placeholder, with which optax looks for what in a state belongs to parameters; of
+        # one that is masked this is a part.
+        names = [name for _, name in paths_of(params)]
+        if names and not _is_masked(params):
             patterns.check_used(names)
         return inner.init(params)
 
     made = ByPath(init, inner.update)
     made.patterns = patterns
     return made
+
+
+def _is_masked(tree: PyTree) -> bool:
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    return any(isinstance(node, optax.MaskedNode) for node in nodes)
