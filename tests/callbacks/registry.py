@@ -40,6 +40,7 @@ REGISTRY = {
     "Progress": lambda: tk.callbacks.Progress(),
     "ReduceOnPlateau": lambda: tk.callbacks.ReduceOnPlateau("eval/loss", mode="min", patience=50),
     "SWA": lambda: tk.callbacks.SWA(2, 2),
+    "SetHyperparam": lambda: tk.callbacks.SetHyperparam("learning_rate", lambda info: 0.1 / (1 + info.step)),
     "StopAfter": lambda: tk.callbacks.StopAfter(steps=1000),
     "StopWhen": lambda: tk.callbacks.StopWhen("eval/loss", below=-1.0),
     "Text": lambda: tk.callbacks.Text(lambda info: f"step {info.step}", every=tk.Every(steps=2)),

@@ -21,6 +21,7 @@ import safetensors.numpy
 
 import trainkit as tk
 import trainkit._core.atomic
+from tests.helpers.compilations import count_compilations
 from trainkit import export
 from trainkit.export._serialize import load as load_tree
 from trainkit.export._serialize import save as save_tree
@@ -258,22 +259,6 @@ def test_a_batch_size_compiles_once(artifact):
             model(images(3))
             model(images(5))
     assert count() == 2
-
-
-class count_compilations:
-    """Counts the programs that XLA compiles inside the context."""
-
-    def __enter__(self):
-        self.events = []
-        jax.monitoring.register_event_duration_secs_listener(self.note)
-        return lambda: len(self.events)
-
-    def note(self, event, duration, **rest):
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.events.append(event)
-
-    def __exit__(self, *error):
-        jax.monitoring.unregister_event_duration_listener(self.note)
 
 
 # Trainers -------------------------------------------------------------------------------------------------

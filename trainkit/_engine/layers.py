@@ -38,7 +38,7 @@ def layers_of(engine: Engine, state: TrainState) -> list[Layer]:
     if engine.train_spec is not None:
         try:
             with calls.watching():
-                jaxpr = evaluation_of(engine.steps, engine.strategy, state, engine.train_spec)
+                jaxpr = evaluation_of(engine.steps, engine.strategy, engine.given(), state, engine.train_spec)
             flops = count(jaxpr)
         except Exception as error:  # a trainer with a `train_step` of its own need not be able to evaluate
             _LOG.info("the shapes of layers are not known, since an evaluation can't be traced: %r", error)

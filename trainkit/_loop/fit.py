@@ -29,6 +29,7 @@ from trainkit._loop.stopwatch import PARTS
 from trainkit._loop.told import direction_of
 from trainkit._resume.restore import restore_state
 from trainkit._resume.saved import Saved
+from trainkit._step.given import check_frozen_same
 from trainkit.data._base import Source
 from trainkit.data._batch import GlobalBatch
 from trainkit.writers._open import FitWriter, open_writers
@@ -78,6 +79,8 @@ def _fit(
         settle(run, request)
         run.begin(saved)
         return _done_before(engine, run, saved)
+    if saved is not None:
+        check_frozen_same(saved.frozen, engine.steps.constants.fingerprint(engine.strategy))
     if saved is None:
         run.take_back(writer)
     elif goes_beyond(request, saved):

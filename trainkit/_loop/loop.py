@@ -114,8 +114,9 @@ class Loop:
     def _begin_calls(self, resumed: Saved | None) -> None:
         given = None if resumed is None else Choice.recall(resumed.choice)
         steps = self.standing.plan.steps
-        held = self._engine.strategy.replicate(self._supply.held)
         feed, engine, standing = self._prepared.feed, self._engine, self.standing
+        self._data = engine.strategy.replicate(self._supply.held)
+        held = engine.held(self._data, standing.step)
         feed.on_padding = lambda one: engine.padding.training(
             feed, standing.step, standing.raw, standing.impl, held, one
         )
@@ -308,6 +309,8 @@ class Loop:
                 due, alarm, meeting = self._due(), self._alarm(), self._meetings.next_step
                 waited, asked = 0.0, clock()
                 if more:
+                    if self._hold():
+                        calls.open(standing.raw, metrics.packed, intake.first())
                     calls.resume()
         watch.turn("other")
 
@@ -324,8 +327,16 @@ class Loop:
             first = intake.first()
         with self._watch.on("compile"):
             self._engine.wait_for("training")
+        self._hold()
         self._prepared.calls.open(self.standing.raw, self._metrics.packed, first)
         return more
+
+    def _hold(self) -> bool:
+        """Has the next steps train the parameters that are released by now; says whether others than before."""
+        stages = self._engine.stages
+        return stages is not None and self._prepared.calls.hold(
+            self._engine.held(self._data, self.standing.step)
+        )
 
     def _note_failure(self, error: Exception, feds: Sequence[Fed]) -> None:
         read = [fed._replace(batch=self._supply.read(fed.batch)) for fed in feds]

@@ -22,15 +22,18 @@ from trainkit._step.checks import (
     check_unused,
 )
 from trainkit._step.forward import Forward, UserFunctions
+from trainkit._step.given import Constants, Given
 from trainkit._step.guard import settle, unless_weightless
 from trainkit._step.losses import for_metrics, mean_share, of_all, quotient
 from trainkit._step.parts import Apply, Parts, Pass, Updated
 from trainkit._step.statistics import MeasuringStep
 from trainkit._step.trace import TraceLog
+from trainkit._step.trained import split, with_still, with_zeros
 from trainkit.hooks._hook import StepHook, admitted, init_hooks, update_hooks
 from trainkit.hooks._loss_scale import NAME as LOSS_SCALE
 from trainkit.hooks._loss_scale import adjusted, all_finite, loss_scale_hook
 from trainkit.metrics._accumulator import Accumulator
+from trainkit.optim._staged import Staged
 from trainkit.parallel._strategy import Strategy
 
 
@@ -48,9 +51,11 @@ class Steps:
         precision: Precision,
         accumulate: int,
         remat: bool | Callable[..., bool],
+        constants: Constants,
     ) -> None:
         self._model, self._tx, self._strategy, self._user = model, tx, strategy, user
-        self._forward = Forward(model, strategy, user, remat)
+        self._forward = Forward(model, strategy, user, remat, constants)
+        self.constants = constants
         self._hooks = (loss_scale_hook(), *hooks) if precision.scaled else hooks
         self._precision, self._accumulate, self._remat = precision, accumulate, remat
         self._default_is_used = user.train_step is None
@@ -58,16 +63,18 @@ class Steps:
 
     # Initialisation -------------------------------------------------------------------------------------------
 
-    def init(self, rng: jax.Array, batch: Batch) -> TrainState:
+    def init(self, given: Given, rng: jax.Array, batch: Batch) -> TrainState:
         """Returns the state at step 0 from `rng` and the shapes of `batch`; to be compiled as one program."""
-        return self._init(rng, batch)
+        return self._init(given, rng, batch)
 
     @functools.cached_property
     def _init(self) -> Any:
-        def init(rng: jax.Array, batch: Batch) -> TrainState:
+        def init(given: Given, rng: jax.Array, batch: Batch) -> TrainState:
             init_rng, step_rng = jax.random.split(rng)
             init_variables = self._user.init_variables or self.init_variables
-            return self.state_of(init_variables(init_rng, batch), step_rng)
+            with self.constants.traced(given):
+                variables = init_variables(init_rng, batch)
+            return self.state_of(variables, step_rng)
 
         return _traced_once(init)
 
@@ -94,6 +101,7 @@ class Steps:
         self,
         accumulator: Accumulator,
         impl: str,
+        given: Given,
         state: TrainState,
         packed: Any,
         batch: Batch,
@@ -104,6 +112,7 @@ class Steps:
         Args:
             accumulator: of the training metrics.
             impl: of the key in `state`.
+            given: beside state and batch.
             state: donated; its key is raw, see `with_raw_key`.
             packed: what `accumulator` carries.
             batch: leaves `[batch, ...]`; a tuple of batches where gradients are accumulated.
@@ -114,7 +123,13 @@ class Steps:
         """
         self.traces.record("training", {"state": state, "batch": batch, "mask": mask})
         state = with_typed_key(state, impl)
-        done = self._attempt(state, batch, mask)
+        with self.constants.traced(given):
+            return self._trained(accumulator, given, state, packed, batch, mask)
+
+    def _trained(
+        self, accumulator: Accumulator, given: Given, state: TrainState, packed: Any, batch: Batch, mask: Any
+    ) -> tuple[TrainState, Any]:
+        done = self._attempt(given, state, batch, mask)
         values = done.told(state)
         new_state, merged = update_hooks(self._hooks, values), packed
         for outputs in done.outputs:
@@ -129,15 +144,18 @@ class Steps:
             new_state = settle(self._hooks, keep, values, new_state, again, one_device=one_device)
         return with_raw_key(new_state), merged
 
-    def attempt(self, state: TrainState, batch: Batch, mask: jax.Array | None) -> Updated:
+    def attempt(self, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None) -> Updated:
         """One optimizer update, of `batch` and `mask` as `train` takes them, before the hooks are told."""
         parts = ((batch, mask),) if self._accumulate == 1 else tuple(zip(batch, mask or (), strict=True))
-        return self._step(state, parts)
+        with self.constants.traced(given):
+            return self._step(state, parts)
 
-    def attempt_one(self, state: TrainState, batch: Batch) -> Updated:
+    def attempt_one(self, given: Given, state: TrainState, batch: Batch) -> Updated:
         """One optimizer update of one batch, all of whose rows are real, also where a step takes several."""
-        alone = self._accumulate == 1
-        return self._attempt(state, batch, None) if alone else self._step(state, ((batch, None),))
+        if self._accumulate == 1:
+            return self._attempt(given, state, batch, None)
+        with self.constants.traced(given):
+            return self._step(state, ((batch, None),))
 
     @functools.cached_property
     def _attempt(self) -> Any:
@@ -151,7 +169,7 @@ class Steps:
             batch: shapes and dtypes, leaves `[batch, ...]`.
         """
         parts = (batch, None) if self._accumulate == 1 else ((batch,), (None,))
-        return self._attempt.trace(state, *parts)
+        return self._attempt.trace(self.constants.spec(), state, *parts)
 
     def default_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """What `Trainer.train_step` does unless it is overridden: every row of `batch` is real."""
@@ -194,6 +212,7 @@ class Steps:
             passes.append(self._pass(state, model_state, batch, mask, key, examples))
             model_state = {**model_state, **passes[-1].updated}
         loss, weight, grads = self._joined(passes)
+        grads = with_zeros(grads, state.params, self._moving(state.params))
         outputs = [
             for_metrics(one.losses, one.outputs, mask, self._forward.rows(batch))
             for one, (batch, mask) in zip(passes, parts, strict=True)
@@ -223,11 +242,17 @@ class Steps:
 
     def _apply(self, state: TrainState, grads: PyTree, model_state: dict[str, Any]) -> TrainState:
         new_state = state.apply_gradients(grads=grads, model_state=model_state)
+        params = with_still(new_state.params, state.params, self._moving(state.params))
+        new_state = new_state.replace(params=params)
         if not self._precision.scaled:
             return new_state
         finite, memory = all_finite(grads), state.hooks[LOSS_SCALE]
         new_state = select(finite, new_state, state.replace(step=new_state.step))
         return new_state.replace(hooks={**state.hooks, LOSS_SCALE: adjusted(memory, finite)})
+
+    def _moving(self, params: PyTree) -> list[bool] | None:
+        """Returns for each leaf of the parameters whether the step that is being traced trains it; None for all."""
+        return self._tx.moving(params) if isinstance(self._tx, Staged) else None
 
     def _again(self, done: Updated) -> Apply | None:
         """Returns the update that was done as a function of the state before it; None where only the user can."""
@@ -250,8 +275,10 @@ class Steps:
         scales = {name: model_state[name] for name in (OVERWRITTEN,) if name in model_state}
         check_scales(scales, one_example=self._forward.sees_one_example)
 
-        def objective(params: PyTree, scales: dict[str, Any]) -> tuple[jax.Array, tuple[Any, ...]]:
-            variables = {**model_state, **scales, "params": params}
+        trained, joined = split(state.params, self._moving(state.params))
+
+        def objective(trained: PyTree, scales: dict[str, Any]) -> tuple[jax.Array, tuple[Any, ...]]:
+            variables = {**model_state, **scales, "params": joined(trained)}
             losses, outputs, updated = self._forward.losses(
                 variables, batch, mask, state.step, rng, train=True
             )
@@ -262,7 +289,7 @@ class Steps:
             return loss if scale is None else loss * scale, (loss, weight, losses, outputs, updated)
 
         gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)
-        (grads, replaced), (loss, weight, losses, outputs, updated) = gradient(state.params, scales)
+        (grads, replaced), (loss, weight, losses, outputs, updated) = gradient(trained, scales)
         return Pass(loss, weight, losses, outputs, updated, grads, replaced)
 
     def _examples(self, parts: Parts) -> jax.Array | None:
@@ -273,20 +300,22 @@ class Steps:
         return jnp.maximum(self._strategy.sum(jnp.stack(counts).sum()), 1)
 
     def row_losses(
-        self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> dict[str, jax.Array]:
         """Returns the losses that a training step computes, and their weights where they have any, all `[batch]`.
 
         Args:
             impl: of the key in `state`.
+            given: beside state and batch.
             state: its key is raw.
             batch: leaves `[batch, ...]`.
             mask: `bool[batch]`.
         """
         state = with_typed_key(state, impl)
-        losses, _, _ = self._forward.losses(
-            state.variables, batch, mask, state.step, _step_key(state), train=True
-        )
+        with self.constants.traced(given):
+            losses, _, _ = self._forward.losses(
+                state.variables, batch, mask, state.step, _step_key(state), train=True
+            )
         told = for_metrics(losses, {}, mask, self._forward.rows(batch))
         return {name: told[name] for name in ("loss", "weight") if name in told}
 
@@ -299,6 +328,7 @@ class Steps:
         self,
         accumulator: Accumulator,
         impl: str,
+        given: Given,
         state: TrainState,
         carry: Any,
         batch: Batch,
@@ -311,7 +341,7 @@ class Steps:
         """
         self.traces.record("evaluation", {"state": state, "batch": batch, "mask": mask})
         packed, counted = carry
-        _, outputs = self.eval_outputs(with_typed_key(state, impl), batch, mask)
+        _, outputs = self.eval_outputs(given, with_typed_key(state, impl), batch, mask)
         packed = self._merge_metrics(accumulator, packed, outputs)
         counted = counted + self._strategy.sum(self._forward.real(batch, mask).sum(dtype=jnp.int32))
         return (packed, counted), accumulator.collect(**outputs)
@@ -328,37 +358,51 @@ class Steps:
         )
         return losses, for_metrics(losses, outputs, mask, self._forward.rows(batch))
 
-    def predict(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
+    def predict(
+        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> PyTree:
         """Outputs of `predict_step` for one batch, leaves `[batch, ...]`."""
         self.traces.record("prediction", {"state": state, "batch": batch, "mask": mask})
-        return self.prediction(impl, state, batch, mask)
+        return self.prediction(impl, given, state, batch, mask)
 
-    def prediction(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
+    def prediction(
+        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> PyTree:
         """As `predict`, for a program of its own: it takes no part in the report of what compiles again."""
         state = with_typed_key(state, impl)
-        return self._forward.predictions(state.variables, batch, mask, state.step, _step_key(state))
+        with self.constants.traced(given):
+            return self._forward.predictions(state.variables, batch, mask, state.step, _step_key(state))
 
     def applied(
         self,
         impl: str,
         fn: Callable[..., Any],
+        given: Given,
         state: TrainState,
         args: tuple[Any, ...],
         rng: jax.Array | None,
     ) -> PyTree:
         """Returns `fn(bound module, *args)`, not training; what it changes is dropped. `rng` is the step's if None."""
         state = with_typed_key(state, impl)
-        return self._forward.applied(fn, state.variables, args, _step_key(state) if rng is None else rng)
+        key = _step_key(state) if rng is None else rng
+        with self.constants.traced(given):
+            return self._forward.applied(fn, state.variables, args, state.step, key)
 
     @functools.cached_property
     def statistics(self) -> MeasuringStep:
         """The step that measures the batch statistics of one batch."""
-        return MeasuringStep(self._model, self._strategy, self._user)
+        return MeasuringStep(self._model, self._strategy, self._user, self.constants)
 
     def eval_outputs(
-        self, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> tuple[bool, dict[str, Any]]:
         """Returns whether the loss comes one per example, and one batch's outputs for the metrics."""
+        with self.constants.traced(given):
+            return self._eval_outputs(state, batch, mask)
+
+    def _eval_outputs(
+        self, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> tuple[bool, dict[str, Any]]:
         if self._user.eval_step is None:
             losses, outputs = self._eval_forward(state, batch, mask)
             return _per_example(losses), outputs

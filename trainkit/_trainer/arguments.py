@@ -36,6 +36,12 @@ def check_callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
         as_cadence(callback.every, f"{type(callback).__name__}.every")
     if len({id(callback) for callback in callbacks}) != len(callbacks):
         raise ValueError("callbacks has the same object twice; give each once.")
+    staging = [type(callback).__name__ for callback in callbacks if callback.stages() is not None]
+    if len(staging) > 1:
+        raise ValueError(
+            f"callbacks has {' and '.join(staging)}, and one alone says what is trained. Give all patterns to one "
+            "Finetune."
+        )
     names = [hook.name for callback in callbacks if (hook := callback.step_hook()) is not None]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -55,20 +61,21 @@ def _check_views(names: list[str]) -> None:
             raise ValueError(f"two callbacks give a view with the name {name!r}; give one another name=.")
 
 
-def with_defaults(callbacks: tuple[Callback, ...], hparams: Mapping[str, Any] | None) -> tuple[Callback, ...]:
+def with_defaults(callbacks: tuple[Callback, ...], *, logs_hparams: bool) -> tuple[Callback, ...]:
     """Returns the callbacks with those that a trainer has unless it is given its own."""
     if not any(isinstance(callback, LogMetrics) for callback in callbacks):
         callbacks = (LogMetrics(), *callbacks)
-    if hparams is None or any(isinstance(callback, HParams) for callback in callbacks):
+    if not logs_hparams or any(isinstance(callback, HParams) for callback in callbacks):
         return callbacks
     # Last of all: at the end of a fit it looks at what the others have written.
     return (*callbacks, HParams())
 
 
-def check_hparams(hparams: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def check_hparams(hparams: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Returns the hyperparameters, refusing what could not be logged."""
-    if hparams is not None:
-        flat_hparams("Trainer(hparams=...)", hparams)
+    if hparams is None:
+        return {}
+    flat_hparams("Trainer(hparams=...)", hparams)
     return hparams
 
 

@@ -12,6 +12,7 @@ from trainkit.callbacks._ema import EMA
 from trainkit.callbacks._embedding import Embedding
 from trainkit.callbacks._eval_view import EvalView
 from trainkit.callbacks._figure import Figure
+from trainkit.callbacks._finetune import Finetune
 from trainkit.callbacks._hparams import HParams
 from trainkit.callbacks._images import Images
 from trainkit.callbacks._info import Info, Plan, Work
@@ -25,6 +26,7 @@ from trainkit.callbacks._optuna_prune import OptunaPrune
 from trainkit.callbacks._profile import Profile
 from trainkit.callbacks._progress import Progress
 from trainkit.callbacks._reduce_on_plateau import ReduceOnPlateau
+from trainkit.callbacks._set_hyperparam import SetHyperparam
 from trainkit.callbacks._stop_after import StopAfter
 from trainkit.callbacks._stop_when import StopWhen
 from trainkit.callbacks._swa import SWA
@@ -40,6 +42,7 @@ __all__ = [
     "Embedding",
     "EvalView",
     "Figure",
+    "Finetune",
     "HParams",
     "Images",
     "Info",
@@ -58,6 +61,7 @@ __all__ = [
     "Rollback",
     "SWA",
     "Save",
+    "SetHyperparam",
     "Stop",
     "StopAfter",
     "StopWhen",

@@ -12,6 +12,7 @@ from trainkit._core.typing import Batch
 from trainkit.callbacks._info import Info
 from trainkit.hooks._hook import StepHook
 from trainkit.hooks._view import View
+from trainkit.optim._stages import Stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +168,9 @@ class Callback:
 
         With several, `weights="averaged"` is that of the callback given first.
         """
+
+    def stages(self) -> Stages | None:
+        """Returns from which step on groups of parameters are trained, None to have no say; of one trainer one has."""
         return None
 
     def implements(self, hook: str) -> bool:

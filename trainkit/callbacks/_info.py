@@ -259,7 +259,7 @@ class Info:
         compiled once and kept by `fn`, so define `fn` outside of the hook.
 
         Args:
-            fn: e.g. `lambda model, z: model.decode(z)`.
+            fn: e.g. `lambda model, z: model.decode(z)`; one with a parameter named `ctx` is given the `StepContext`.
             *args: trees of arrays and numbers.
             weights: as for `evaluate`.
             rng: a key or an int, of all streams of the module; by default that of the step.
