@@ -74,8 +74,8 @@ class Trainer(Asking):
         remat: recompute activations in the backward pass instead of keeping them; True, or a policy of
             `jax.checkpoint_policies`.
         hparams: hyperparameters by name: bool, int, float, str, or mappings and lists of these. The numbers among them
-            (not True and False) reach `loss` and `predict_step` as `float32[]` in `ctx.hparams`. All are logged with the
-            seed, the batch size and injected hyperparameters, for TensorBoard's HPARAMS page; see `HParams`.
+            (not True and False) reach `loss` and `predict_step` as `float32[]` in `ctx.hparams`. All are logged with
+            the seed, the batch size and injected hyperparameters, for TensorBoard's HPARAMS page; see `HParams`.
         logdir: folder for TensorBoard and JSONL logs; None writes none.
         writers: further objects of `MetricWriter`; they are flushed, and stay yours to close.
         steps_per_call: training steps in one call of a compiled program, where nothing is due between them: an int
