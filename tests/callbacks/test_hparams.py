@@ -120,6 +120,23 @@ def test_a_resumed_run_has_them_once_and_the_best_of_all(first, tmp_path):
     assert len(Pages(tmp_path).hparams()[0]) == 1
 
 
+@pytest.mark.parametrize("hook", ["on_step", "on_fit_end"])
+def test_a_run_that_breaks_off_has_its_best_all_the_same(hook, tmp_path):
+    def breaks(info):
+        if info.step == 2:
+            raise ConnectionError
+
+    class Late(tk.callbacks.Lambda):
+        phase = tk.callbacks.Phase.MONITOR  # after the best was written
+
+    log = tk.callbacks.LogMetrics(every=tk.Every(steps=1))
+    with pytest.raises(ConnectionError) as raised:
+        trainer(log, Late(**{hook: breaks}), logdir=tmp_path, hparams={}).fit(numbers(5, 1), epochs=1)
+    assert not getattr(raised.value, "__notes__", None)
+    best = {key: value for key, value in scalars_of(tmp_path)[1].items() if key[1].startswith("best/")}
+    assert best == {(2, "best/train/loss"): 1.0}
+
+
 def test_another_run_of_the_same_object_writes_its_own(tmp_path):
     callback = HParams({"width": 1})
     trainer(callback, logdir=tmp_path / "a").fit(numbers(1), steps=1)

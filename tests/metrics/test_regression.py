@@ -257,3 +257,33 @@ def test_an_evaluation_is_exact_under_every_strategy(strategy):
     ranks = [scipy.stats.spearmanr(predictions[:, i], y[:, i]).statistic for i in range(2)]
     np.testing.assert_allclose(found["rank"], np.mean(ranks), atol=1e-3)
     assert {"train/mae", "train/r2", "eval/rank"} <= result.history.keys()
+
+
+def test_the_weights_of_a_weighted_loss_and_ranges_without_any():
+    class Weighted(tk.Trainer):
+        metrics = metrics.Collection.create(
+            loss=metrics.Average.from_output("loss"),
+            r2=R2.with_weights("weight"),
+            mae=MAE.with_weights("weight"),
+        )
+
+        def loss(self, model, batch, ctx):
+            predictions = model(batch["x"])[:, 0]
+            outputs = {"predictions": predictions, "targets": batch["y"]}
+            return tk.Weighted((predictions - batch["y"]) ** 2, batch["w"]), outputs
+
+    x, y, w = (np.random.default_rng(seed).random(12).astype(np.float32) for seed in (1, 2, 3))
+    w[::3] = 0
+    data = tk.data.Arrays({"x": x[:, None], "y": y, "w": w}, batch_size=5)
+    log = tk.callbacks.LogMetrics(every=tk.Every(steps=1))
+    trainer = Weighted(nn.Dense(1), optax.sgd(0.0), callbacks=[log])
+    nothing = [{"x": x[:4, None], "y": y[:4], "w": np.zeros(4, np.float32)}]
+    result = trainer.fit([*nothing, data.tree], epochs=1)
+    predictions = x * float(result.state.params["kernel"][0, 0])
+    found = trainer.evaluate(data)
+    np.testing.assert_allclose(found["r2"], reference(R2, predictions, y, w), rtol=1e-4)
+    np.testing.assert_allclose(found["mae"], reference(MAE, predictions, y, w), rtol=1e-5)
+    assert {name: [step for step, _ in result.history[name]] for name in ("train/r2", "train/mae")} == {
+        "train/r2": [2],
+        "train/mae": [2],
+    }

@@ -22,7 +22,7 @@ _ALLOWED = (
 
 
 class HParams(Callback):
-    """Writes the hyperparameters of the run at its start, and the best value of each metric at the end of a fit.
+    """Writes the hyperparameters of the run at its start, and the best value of each metric however a fit ends.
 
     `Trainer(hparams={...})` has one by itself. TensorBoard's HPARAMS page then compares the runs of a folder. Beside
     what is given there stand `seed`, `batch_size`, and the values that `optax.inject_hyperparams` holds when the run
@@ -46,8 +46,10 @@ class HParams(Callback):
     def __init__(self, hparams: Mapping[str, Any] | None = None) -> None:
         self._hparams = flat_hparams("HParams(hparams=...)", hparams or {})
         self._written = False
+        self._best_at: int | None = None
 
     def on_fit_start(self, info: Info) -> None:
+        self._best_at = None
         if self._written:
             return
         plan = info.plan
@@ -58,6 +60,15 @@ class HParams(Callback):
         self._written = True
 
     def on_fit_end(self, info: Info) -> None:
+        self._write_best(info)
+
+    def on_exception(self, info: Info, exc: BaseException) -> None:
+        self._write_best(info)
+
+    def _write_best(self, info: Info) -> None:
+        if self._best_at == info.step:
+            return  # the fit had ended, and what came after that raised
+        self._best_at = info.step
         best: dict[str, float] = {}
         for name in info.history:
             better = None if name.startswith(_BEST) else info.direction(name)

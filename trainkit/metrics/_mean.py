@@ -247,7 +247,8 @@ def of_weighted_loss(name: str, metric: type[metrics.Metric]) -> type[metrics.Me
 
 def is_weightless(metric: metrics.Metric) -> bool:
     """Says whether a metric that is weighted has seen no weight at all: it has no value then."""
-    return getattr(metric, "weights", None) is not None and not getattr(metric, "count", 1)
+    seen = getattr(metric, "count", getattr(metric, "weight", 1))
+    return getattr(metric, "weights", None) is not None and not seen
 
 
 def _same(metric: type, base: type, name: str) -> bool:
