@@ -26,6 +26,7 @@ from trainkit._feed.stream import Stream
 from trainkit._loop.dispatch import Dispatcher, before_checkpoints, checkpoints, guards
 from trainkit._loop.evaluate import evaluate
 from trainkit._loop.interrupts import Interrupts
+from trainkit._loop.probing import Probing
 from trainkit._loop.record import Record
 from trainkit._loop.request import LAST_STEP, Request, refuse_overflow
 from trainkit._loop.result import FitResult, summarized
@@ -93,6 +94,7 @@ class Loop:
             self._record,
             lambda: self._clock() - self._started,
             watch,
+            lambda callback: self._probing.values_for(callback),
         )
         self._dispatch = Dispatcher(request.callbacks, self._told.info, self._told.act)
         self._saving = Saving(
@@ -173,8 +175,9 @@ class Loop:
                 self._saving.stand_back()
 
     def _make_timetables(self) -> None:
-        step = self.standing.step
-        self._steppers = Timetable(self._dispatch.implementing("on_step"), step)
+        step, callbacks = self.standing.step, self._dispatch.implementing("on_step")
+        self._steppers = Timetable(callbacks, step)
+        self._probing = Probing(callbacks, self.standing, self._request.accumulate)
         evaluation = Chore(self._request.eval_every or Every(epochs=1), self._evaluate)
         self._evaluations = Timetable([evaluation] if self._request.evaluations else [], step)
         self._chores = Timetable(self._make_chores(), step)
@@ -257,15 +260,21 @@ class Loop:
         standing, clock, interrupts = self.standing, self._watch.clock, self._interrupts
         position = standing.position
         more = self._begin_pass(intake)
-        due, alarm = self._due(), self._alarm()
+        self._probing.begin_pass()
+        due, probed, alarm = *self._due(), self._alarm()
         watch.turn("step")
         # Two looks at the clock a call are all that the steps pay for knowing how long they waited for data.
         waited, asked = 0.0, clock()
         while more:
-            feds = intake.take(calls.room(due - standing.step), calls.takes)
+            left = due - standing.step
+            # The step with probes is a program of its own.
+            feds = intake.take(calls.room(left - 1 if probed and left > 1 else left), calls.takes)
             waited += clock() - asked
             try:
-                standing.raw, metrics.packed = calls(standing.raw, metrics.packed, feds)
+                if probed and left == 1:
+                    self._probing.run(self._prepared, metrics, feds[0])
+                else:
+                    standing.raw, metrics.packed = calls(standing.raw, metrics.packed, feds)
             except Exception as error:
                 self._note_failure(error, feds)
                 raise
@@ -293,7 +302,7 @@ class Loop:
                 watch.turn("step")
                 if self._finished():
                     break
-                due, alarm = self._due(), self._alarm()
+                due, probed, alarm = *self._due(), self._alarm()
                 waited, asked = 0.0, clock()
                 if more:
                     calls.resume()
@@ -322,10 +331,12 @@ class Loop:
             for fed in read:  # names the leaf that no step can take, where that was the reason
                 check_batch(fed.batch)
 
-    def _due(self) -> float:
-        """Returns the next step at which the host has anything to do."""
+    def _due(self) -> tuple[float, bool]:
+        """Returns the next step at which the host has anything to do, and whether it runs with probes."""
         end = NEVER if self.standing.plan.steps is None else self.standing.plan.steps
-        return min(self._steppers.next_step, self._evaluations.next_step, self._chores.next_step, end)
+        timetables = self._steppers, self._evaluations, self._chores, self._probing
+        due = min(end, *[one.next_step for one in timetables])
+        return due, due == self._probing.next_step
 
     def _alarm(self) -> float:
         """Returns the next time on the clock at which the host has anything to do."""
@@ -343,6 +354,7 @@ class Loop:
         evaluations = self._evaluations.take_due(self.standing.step, epoch, now)
         if self._request.dry and self._over():  # everything is tried once, however far it is off
             steppers, evaluations = self._steppers.things, self._evaluations.things
+        steppers = self._probing.told(steppers)
         if self._together and steppers:
             # Here on all processes, in case a callback looks at its metrics on one of them only.
             self._metrics.cut()

@@ -41,6 +41,7 @@ class Told:
         record: its logs.
         seconds: returns the seconds since it began.
         watch: where its time goes.
+        probed: returns what the probe of a callback gave for the step that is told.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Told:
         record: Record,
         seconds: Callable[[], float],
         watch: Stopwatch,
+        probed: Callable[[Callback], Any],
     ) -> None:
         self._engine, self._request, self._standing = engine, request, standing
-        self._metrics, self._record, self._seconds = metrics, record, seconds
+        self._metrics, self._record, self._seconds, self._probed = metrics, record, seconds, probed
         self._asked = Questions(engine, lambda: standing.state, watch.on)
         self._history = record.history.shown()
         self.direction = functools.partial(direction_of, accumulator)
@@ -79,6 +81,7 @@ class Told:
             seconds=self._seconds(),
             direction=self.direction,
             asked=self._asked,
+            probed=self._probed(callback) if hook == "on_step" else None,
         )
 
     def act(self, callback: Callback, action: Stop | Update | Save | Rollback) -> None:

@@ -33,3 +33,16 @@ class Model(abc.ABC):
         Returns:
             Its result, and the collections it may have changed, without values sown on the way.
         """
+
+    def captured(
+        self, fn: ScopedFunction, variables: Variables, rng: jax.Array, *args: Any
+    ) -> dict[str, Any]:
+        """Runs `fn(bound module, *args)` in training and returns what each module returned.
+
+        Returns:
+            Nests of the names of modules, with their outputs in a tuple under `"__call__"`.
+
+        Raises:
+            TypeError: modules of this kind can't be watched.
+        """
+        raise TypeError("activations are captured of flax.linen modules only; leave ActivationStats out.")

@@ -343,6 +343,7 @@ class Trainer(Asking):
     @functools.cached_property
     def _engine(self) -> Engine:
         hooks = tuple(hook for callback in self._callbacks if (hook := callback.step_hook()) is not None)
+        probes = tuple(probe for callback in self._callbacks if (probe := callback.step_probe()) is not None)
         user = UserFunctions(
             loss=self.loss,
             predict_step=self.predict_step,
@@ -362,7 +363,12 @@ class Trainer(Asking):
             remat=self._remat,
         )
         return Engine(
-            steps, self._strategy, self.metrics, scaled=self._precision.scaled, settings=self._settings
+            steps,
+            self._strategy,
+            self.metrics,
+            scaled=self._precision.scaled,
+            settings=self._settings,
+            probes=probes,
         )
 
     def _checkpoints(self) -> list[Store]:

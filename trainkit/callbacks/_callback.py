@@ -10,6 +10,7 @@ from trainkit._core.cadence import Cadence, Every
 from trainkit._core.state import TrainState
 from trainkit.callbacks._info import Info
 from trainkit.hooks._hook import StepHook
+from trainkit.hooks._probe import StepProbe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +149,14 @@ class Callback:
 
     def step_hook(self) -> StepHook | None:
         """Returns the pure pair to trace into the compiled training step, None for none."""
+        return None
+
+    def step_probe(self) -> StepProbe | None:
+        """Returns what is to be computed in the steps at which `every` is due; `info.probed` then has the values.
+
+        A cadence in seconds can't be known beforehand, nor the end of a pass of unknown length: `on_step` is then
+        called after the step that follows, and the values are of that.
+        """
         return None
 
     def implements(self, hook: str) -> bool:
