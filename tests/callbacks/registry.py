@@ -12,7 +12,11 @@ REGISTRY = {
     "LearningRate": lambda: tk.callbacks.LearningRate(schedule=lambda count: 0.1 / (1 + count)),
     "LogMetrics": lambda: tk.callbacks.LogMetrics(every=tk.Every(steps=3)),
     "NanGuard": lambda: tk.callbacks.NanGuard("skip"),
+    "Probe": lambda: tk.callbacks.Probe(
+        lambda values: values.loss, every=tk.Every(steps=2), name="probed_loss"
+    ),
     "Progress": lambda: tk.callbacks.Progress(),
     "ReduceOnPlateau": lambda: tk.callbacks.ReduceOnPlateau("eval/loss", mode="min", patience=50),
+    "Watch": lambda: tk.callbacks.Watch(tk.Every(steps=2), histograms=True),
 }
 """Functions that make one, by name of the class."""

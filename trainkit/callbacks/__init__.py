@@ -13,8 +13,10 @@ from trainkit.callbacks._lambda import Lambda
 from trainkit.callbacks._learning_rate import LearningRate
 from trainkit.callbacks._log_metrics import LogMetrics
 from trainkit.callbacks._nan_guard import NanGuard
+from trainkit.callbacks._probe import Probe
 from trainkit.callbacks._progress import Progress
 from trainkit.callbacks._reduce_on_plateau import ReduceOnPlateau
+from trainkit.callbacks._watch import Watch
 
 __all__ = [
     "Callback",
@@ -28,10 +30,12 @@ __all__ = [
     "NanGuard",
     "Phase",
     "Plan",
+    "Probe",
     "Progress",
     "ReduceOnPlateau",
     "Rollback",
     "Save",
     "Stop",
     "Update",
+    "Watch",
 ]
