@@ -6,8 +6,10 @@ A new callback is one line here.
 import trainkit as tk
 
 REGISTRY = {
+    "ActivationStats": lambda: tk.callbacks.ActivationStats(tk.Every(steps=2)),
     "EMA": lambda: tk.callbacks.EMA(0.9),
     "EarlyStopping": lambda: tk.callbacks.EarlyStopping("eval/loss", mode="min", patience=50),
+    "GradientNoiseScale": lambda: tk.callbacks.GradientNoiseScale(tk.Every(steps=2)),
     "Lambda": lambda: tk.callbacks.Lambda(on_step=lambda info: None),
     "LearningRate": lambda: tk.callbacks.LearningRate(schedule=lambda count: 0.1 / (1 + count)),
     "LogMetrics": lambda: tk.callbacks.LogMetrics(every=tk.Every(steps=3)),
@@ -17,6 +19,7 @@ REGISTRY = {
     ),
     "Progress": lambda: tk.callbacks.Progress(),
     "ReduceOnPlateau": lambda: tk.callbacks.ReduceOnPlateau("eval/loss", mode="min", patience=50),
+    "SpikeGuard": lambda: tk.callbacks.SpikeGuard(factor=3.0, window=2, every=tk.Every(steps=2)),
     "Watch": lambda: tk.callbacks.Watch(tk.Every(steps=2), histograms=True),
 }
 """Functions that make one, by name of the class."""

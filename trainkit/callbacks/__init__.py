@@ -4,10 +4,12 @@ Each file owns one callback; `_callback.py` owns the moments and what a hook may
 are called is the loop's, and what of them runs inside the compiled step is in `hooks/`.
 """
 
+from trainkit.callbacks._activation_stats import ActivationStats
 from trainkit.callbacks._callback import Callback, Phase, Rollback, Save, Stop, Update
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.callbacks._early_stopping import EarlyStopping
 from trainkit.callbacks._ema import EMA
+from trainkit.callbacks._gradient_noise_scale import GradientNoiseScale
 from trainkit.callbacks._info import Info, Plan
 from trainkit.callbacks._lambda import Lambda
 from trainkit.callbacks._learning_rate import LearningRate
@@ -16,13 +18,16 @@ from trainkit.callbacks._nan_guard import NanGuard
 from trainkit.callbacks._probe import Probe
 from trainkit.callbacks._progress import Progress
 from trainkit.callbacks._reduce_on_plateau import ReduceOnPlateau
+from trainkit.callbacks._spike_guard import SpikeGuard
 from trainkit.callbacks._watch import Watch
 
 __all__ = [
+    "ActivationStats",
     "Callback",
     "Checkpoint",
     "EMA",
     "EarlyStopping",
+    "GradientNoiseScale",
     "Info",
     "Lambda",
     "LearningRate",
@@ -35,6 +40,7 @@ __all__ = [
     "ReduceOnPlateau",
     "Rollback",
     "Save",
+    "SpikeGuard",
     "Stop",
     "Update",
     "Watch",

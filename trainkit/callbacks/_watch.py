@@ -11,7 +11,7 @@ from trainkit._core.tree import begin_fetch
 from trainkit.callbacks._deferred import Deferred
 from trainkit.callbacks._info import Info
 from trainkit.hooks._probe import StepProbe
-from trainkit.hooks._watch import Histograms, Numbers, watch_probe
+from trainkit.hooks._watch import Histograms, watch_probe
 from trainkit.writers._writer import MetricWriter
 
 _LOGGER = logging.getLogger("trainkit")
@@ -93,9 +93,7 @@ class Watch(Deferred[dict[str, Any]]):
     def _write(self, writer: MetricWriter, step: int, taken: dict[str, Any]) -> None:
         self._say_what_is_missing(taken)
         if "norms" in taken:
-            numbers: Numbers = taken["norms"]
-            values = np.asarray(numbers.values).tolist()
-            writer.write_scalars(step, dict(zip(numbers.names, values, strict=True)))
+            writer.write_scalars(step, taken["norms"].read())
         if "histograms" in taken:
             tables = _tables(taken["histograms"])
             writer.write_summaries(step, tables, dict.fromkeys(tables, _PLUGIN))

@@ -9,5 +9,6 @@ from trainkit.hooks._ema import EmaState
 from trainkit.hooks._hook import StepHook, StepValues
 from trainkit.hooks._nan_guard import NanGuardState
 from trainkit.hooks._probe import StepProbe
+from trainkit.hooks._spike_guard import SpikeGuardState
 
-__all__ = ["EmaState", "NanGuardState", "StepHook", "StepProbe", "StepValues"]
+__all__ = ["EmaState", "NanGuardState", "SpikeGuardState", "StepHook", "StepProbe", "StepValues"]

@@ -11,23 +11,11 @@ import jax.numpy as jnp
 from trainkit._core.tree import path_name
 from trainkit._core.typing import PyTree
 from trainkit.hooks._hook import StepValues
+from trainkit.hooks._numbers import Numbers
 from trainkit.hooks._probe import StepProbe
 
 BUCKETS = 32
 """Buckets of a histogram."""
-
-
-@flax.struct.dataclass
-class Numbers:
-    """Named numbers in one array: each array more costs at every call, and again when it is read.
-
-    Attributes:
-        values: `float32[n]`.
-        names: static.
-    """
-
-    values: jax.Array
-    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass
@@ -96,7 +84,7 @@ def _norms(values: StepValues, trees: dict[str, dict[tuple[Any, ...], jax.Array]
         if params is None:
             params = _root([_square(leaf) for leaf in _floats(_tree(values, "params")).values()])
         found["watch/update_ratio"] = found["watch/updates/norm"] / params
-    return Numbers(jnp.stack(list(found.values())), tuple(found))
+    return Numbers.of(found)
 
 
 def _square(leaf: jax.Array) -> jax.Array:
