@@ -11,6 +11,8 @@ from tests.helpers.compare import assert_same
 from tests.helpers.digits import Net, NetTrainer, batches
 from tests.helpers.weight import Weight as One
 from tests.helpers.weight import WeightTrainer, numbers
+from trainkit._core.state import with_raw_key
+from trainkit.data._source import as_source
 
 DATA = batches(5)
 
@@ -72,6 +74,18 @@ def test_several_probes_are_one_more_program_and_leave_the_run_as_it_is(losses, 
     assert compiled(trainer) == (1, 1)
     assert_same(jax.device_get(result.state.params), plain.params)
     assert_same(jax.device_get(result.state.opt_state), plain.opt_state)
+
+
+def test_the_step_is_the_very_program_it_was():
+    """What other steps cost is no matter of measuring: there is nothing in them."""
+    texts = []
+    for callbacks in ([], [Seen(tk.Every(steps=4)), tk.callbacks.Watch(), tk.callbacks.GradientNoiseScale()]):
+        trainer = NetTrainer(Net(), optax.sgd(0.1), callbacks=callbacks)
+        state, engine = trainer.init(DATA[0]), trainer._engine
+        prepared = engine.prepare_train(state, as_source(DATA), DATA[0])
+        raw = jax.eval_shape(with_raw_key, state)
+        texts.append(prepared.step.lower(raw, prepared.empty, (), DATA[0], None).as_text())
+    assert texts[0] == texts[1]
 
 
 def test_what_is_never_due_is_never_compiled():

@@ -34,8 +34,11 @@ class Probing:
         self._last = plan.steps if plan.dry_run and plan.steps is not None else NEVER
         self._found: dict[str, Any] | None = None
         self._told: dict[str, Any] = {}
-        between = position.epoch > 0 and not position.batch and self._per_pass is None
-        self._late = {id(one) for one in self._probing if between and one.every.due_epoch(position.epoch)}
+        step = standing.step
+        # Between two passes: what was due at the end of the last was not told, unless another was due by steps there.
+        open_ = position.epoch > 0 and not position.batch and self._per_pass is None
+        open_ = open_ and all(one.every.next_step(step - 1) > step for one in self._probing)
+        self._late = {id(one) for one in self._probing if open_ and one.every.due_epoch(position.epoch)}
 
     def begin_pass(self) -> None:
         """Notes that the steps of a pass, or of what is left of it, follow."""
