@@ -17,7 +17,7 @@ def test_the_hooks_are_those_of_callbacks():
     methods = {
         name for name in vars(Callback) if not name.startswith("_") and callable(getattr(Callback, name))
     }
-    assert methods == {*HOOKS, *OTHERS, "implements", "reset"}
+    assert methods == {*HOOKS, *OTHERS, "implements", "reset", "eval_view"}
 
 
 @pytest.mark.parametrize("given", HOOKS)

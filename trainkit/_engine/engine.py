@@ -3,7 +3,7 @@
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import clu.metrics
@@ -21,6 +21,7 @@ from trainkit._engine.eval_loop import LoopedFeed, looped
 from trainkit._engine.padding import PaddingCheck
 from trainkit._engine.prepared import Prepared
 from trainkit._engine.updates import check_updated
+from trainkit._engine.views import Views
 from trainkit._feed.feed import Feed, SharedFeed, UnitFeed, no_rows
 from trainkit._feed.leaves import Parted, Warned, parted, wide_leaves
 from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
@@ -28,13 +29,14 @@ from trainkit._feed.stream import Stream
 from trainkit._step.checks import explained_errors
 from trainkit._step.inspection import Traits, inspect_eval, inspect_probed, inspect_train
 from trainkit._step.probes import ProbedSteps
+from trainkit._step.statistics import Measured
 from trainkit._step.steps import Steps
 from trainkit.data._arrays import Arrays
 from trainkit.data._batch import GlobalBatch, batch_size_of, check_batch, spec_of, unpad
 from trainkit.data._source import Source
-from trainkit.hooks._ema import find_ema, view
 from trainkit.hooks._loss_scale import SkippedUpdates
 from trainkit.hooks._probe import StepProbe
+from trainkit.hooks._view import View
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.parallel._strategy import Role, Strategy
 
@@ -58,10 +60,11 @@ class Engine:
         collection: type[clu.metrics.Collection],
         *,
         scaled: bool,
+        views: Sequence[View] = (),
         settings: CallSettings = ONE_BY_ONE,
         probes: tuple[StepProbe, ...] = (),
     ) -> None:
-        self.steps, self.strategy = steps, strategy
+        self.steps, self.strategy, self.views = steps, strategy, Views(views, strategy)
         self._probed = ProbedSteps(steps, probes)
         self._collections = {"training": _with_loss_scale(collection) if scaled else collection}
         self._collections["evaluation"] = collection
@@ -307,6 +310,19 @@ class Engine:
         feed = self._feed(rows=rows, may_be_partial=True, exact=True, what="prediction")
         return self._predict(key_impl(state)), feed
 
+    def prepare_statistics(
+        self, state: TrainState, source: Source, first: Batch | GlobalBatch
+    ) -> tuple[Callable[..., Measured], Feed]:
+        """Returns the step that measures batch statistics and the feed for `source`; no batch is padded."""
+        first, rows = self._first_spec(first, "statistics")
+        self._prove(state, first)
+        options = {"rows": rows, "may_be_partial": source.may_be_partial, "exact": False}
+        feed = self._feed(**options, what="statistics", why="the model keeps batch statistics")
+        roles = {"inputs": (Role.STATE, self._rows, self._rows), "outputs": Role.WHOLE}
+        impl = key_impl(state)
+        step = functools.partial(self.steps.statistics, impl)
+        return self._kept(("statistics", impl), lambda: self.strategy.compile(step, **roles)), feed
+
     def applied(
         self, state: TrainState, fn: Callable[..., Any], args: tuple[Any, ...], rng: jax.Array | int | None
     ) -> PyTree:
@@ -343,14 +359,6 @@ class Engine:
         bare = with_raw_key(state.replace(opt_state=(), hooks={}))
         return (predict if axis is None else _as_only_replica(predict, axis)), bare
 
-    def averaged(self, state: TrainState) -> TrainState:
-        """Returns `state` with the averaged weights in place where a callback keeps an average, else `state`."""
-        memory = find_ema(state)
-        if memory is None:
-            return state
-        params, stats = self._read_average(with_raw_key(state.replace(opt_state=(), hooks={})), memory)
-        return state.replace(params=params, batch_stats=stats)
-
     def training_metrics(self) -> Accumulator:
         """Returns an accumulator of the training metrics, which no step has specified yet."""
         return Accumulator(self._collections["training"])
@@ -383,14 +391,6 @@ class Engine:
         roles = {"inputs": (Role.STATE, self._rows, self._rows), "outputs": self._rows}
         step = functools.partial(self.steps.predict, impl)
         return self._kept(("predict", impl), lambda: self.strategy.compile(step, **roles))
-
-    @functools.cached_property
-    def _read_average(self) -> Callable[..., Any]:
-        def read(state: TrainState, memory: Any) -> tuple[PyTree, PyTree]:
-            averaged = view(state, memory)
-            return averaged.params, averaged.batch_stats
-
-        return self.strategy.compile(read, inputs=(Role.STATE, Role.STATE), outputs=(Role.STATE, Role.STATE))
 
     def _inspect(self, kind: str, inspect: Callable[..., Traits], state: TrainState, batch: Batch) -> Traits:
         # A look at the step traces it; every evaluation of a fit asks for one.

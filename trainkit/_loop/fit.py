@@ -55,7 +55,9 @@ def fit(engine: Engine, run: Run, request: Request) -> FitResult:
         open_writers(request.logdir, request.writers, run.history) as writer,
         kept_on_disk(request.keep_compiled, processes=engine.strategy.processes),
     ):
-        return _fit(engine, run, request, writer, interrupts, ongoing)
+        result = _fit(engine, run, request, writer, interrupts, ongoing)
+    # A signal that came when there was nothing left to break off is not swallowed.
+    return dataclasses.replace(result, stopped_by=result.stopped_by or interrupts.received)
 
 
 def _fit(

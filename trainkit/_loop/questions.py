@@ -1,8 +1,9 @@
 """What may be asked of a train state at any moment: evaluations, predictions, functions of the model.
 
-Owns the choice of weights; not the passes, nor whose state it is.
+Owns neither the passes nor the choice of weights, nor whose state it is.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,11 +14,10 @@ from trainkit._core.state import TrainState
 from trainkit._core.typing import PyTree
 from trainkit._engine.engine import Engine
 from trainkit._loop.evaluate import evaluate, predict
+from trainkit._loop.predictions import predict_into
+from trainkit._loop.weights import weighted
 from trainkit.data._source import Source, as_source
 from trainkit.data._take import take
-
-AVERAGED = ("averaged", "ema")
-"""The names of the averaged weights."""
 
 
 class Questions:
@@ -51,11 +51,21 @@ class Questions:
                 found |= {f"{name}/{metric}" if name else metric: value for metric, value in metrics.items()}
         return found
 
-    def predict(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> PyTree:
-        """Returns what `predict_step` gives for each example, in order, as NumPy arrays."""
+    def predict(
+        self,
+        data: Any,
+        *,
+        weights: str = "averaged",
+        limit: int | None = None,
+        out: str | os.PathLike[str] | None = None,
+    ) -> PyTree:
+        """Returns what `predict_step` gives for each example, in order, as NumPy arrays or maps of those in `out`."""
         source = limited(self._source(data), limit)
         with self._timed("eval"):
-            return predict(self._engine, self.weighted(weights), source)
+            state = self.weighted(weights)
+            if out is not None:
+                return predict_into(self._engine, state, source, out)
+            return predict(self._engine, state, source)
 
     def apply(
         self,
@@ -73,13 +83,7 @@ class Questions:
 
     def weighted(self, weights: str) -> TrainState:
         """Returns the state with the weights of that name in place."""
-        if weights in AVERAGED:
-            return self._engine.averaged(self._state())
-        if weights != "live":
-            raise ValueError(
-                f"weights={weights!r}: the choices are 'averaged' (or 'ema', its other name) and 'live'."
-            )
-        return self._state()
+        return weighted(self._engine, self._state(), weights)
 
 
 def limited(source: Source, limit: int | None) -> Source:

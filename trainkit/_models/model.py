@@ -4,7 +4,7 @@ Owns no state; another module system joins by one more subclass.
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import jax
@@ -46,3 +46,12 @@ class Model(abc.ABC):
             TypeError: modules of this kind can't be watched.
         """
         raise TypeError("activations are captured of flax.linen modules only; leave ActivationStats out.")
+
+    @abc.abstractmethod
+    def measuring(self) -> tuple["Model", Set[tuple[str, ...]]]:
+        """Returns the model such that a training call leaves the statistics of its batch alone, and drops nothing out.
+
+        Returns:
+            The model, and the paths of the layers in `batch_stats` that were seen to do so while it was traced. The
+            other layers do what they do in training.
+        """

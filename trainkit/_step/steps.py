@@ -25,6 +25,7 @@ from trainkit._step.forward import Forward, UserFunctions
 from trainkit._step.guard import settle, unless_weightless
 from trainkit._step.losses import for_metrics, mean_share, of_all, quotient
 from trainkit._step.parts import Apply, Parts, Pass, Share, Updated
+from trainkit._step.statistics import MeasuringStep
 from trainkit._step.trace import TraceLog
 from trainkit.hooks._hook import StepHook, admitted, init_hooks, update_hooks
 from trainkit.hooks._loss_scale import NAME as LOSS_SCALE
@@ -396,6 +397,11 @@ class Steps:
         """Returns `fn(bound module, *args)`, not training; what it changes is dropped. `rng` is the step's if None."""
         state = with_typed_key(state, impl)
         return self.forward.applied(fn, state.variables, args, _step_key(state) if rng is None else rng)
+
+    @functools.cached_property
+    def statistics(self) -> MeasuringStep:
+        """The step that measures the batch statistics of one batch."""
+        return MeasuringStep(self._model, self.strategy, self._user)
 
     def eval_outputs(
         self, state: TrainState, batch: Batch, mask: jax.Array | None

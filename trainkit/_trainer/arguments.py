@@ -7,6 +7,7 @@ from typing import Any
 import clu.metrics
 
 from trainkit._core.cadence import as_cadence
+from trainkit._engine.views import AVERAGED, LIVE
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._log_metrics import LogMetrics
 from trainkit.parallel._mesh import Mesh
@@ -42,7 +43,19 @@ def check_callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
     twice = sorted({name for name in probes if probes.count(name) > 1})
     if twice:
         raise ValueError(f"two callbacks have a probe named {twice[0]!r}; give one another name=.")
+    _check_views([view.name for callback in callbacks if (view := callback.eval_view()) is not None])
     return tuple(callbacks)
+
+
+def _check_views(names: list[str]) -> None:
+    for name in names:
+        if not isinstance(name, str) or name in (AVERAGED, LIVE):
+            raise ValueError(
+                f"a callback gives a view with the name {name!r}; give it another name=, a str: 'averaged' is the "
+                "first view whatever its name, and 'live' the state itself."
+            )
+        if names.count(name) > 1:
+            raise ValueError(f"two callbacks give a view with the name {name!r}; give one another name=.")
 
 
 def with_defaults(callbacks: tuple[Callback, ...]) -> tuple[Callback, ...]:

@@ -183,8 +183,8 @@ class Trainer(Asking):
         SIGTERM, SIGHUP and Ctrl-C let the running step finish, save, close everything and return with `stopped_by`
         set; a second Ctrl-C raises KeyboardInterrupt at once. SIGUSR1 saves and goes on. A program's own handlers of
         SIGHUP and SIGUSR1 are left alone; in another thread than the main one no signal is heard. Of several processes
-        one signal does it on all, at the same step: they agree every 32 steps, on signals and on the time of
-        `Every(seconds=...)`.
+        one signal does it on all, at the same step: they agree every 32 steps, or every 10 seconds where steps are
+        slow, on signals and on the time of `Every(seconds=...)`.
 
         Args:
             data: `tk.data.Arrays`, any other source or re-iterable of batches, or a function returning an iterator.
@@ -241,8 +241,9 @@ class Trainer(Asking):
             set_up_cpu(self._engine.steps, lambda: first_spec(source))
         if self._dry_run is not None:
             with tempfile.TemporaryDirectory(prefix="trainkit-dry-run-") as folder:
-                return fit(self._engine, self._run, request.as_dry_run(self._dry_run, pathlib.Path(folder)))
-        result = fit(self._engine, self._run, request)
+                result = fit(self._engine, self._run, request.as_dry_run(self._dry_run, pathlib.Path(folder)))
+        else:
+            result = fit(self._engine, self._run, request)
         if self._interrupt == "raise" and result.stopped_by == "SIGINT":
             raise with_result(KeyboardInterrupt("Ctrl-C ended the fit; its result is in .result"), result)
         return result
@@ -260,7 +261,9 @@ class Trainer(Asking):
         The whole of it sets this trainer to that step: state, history and place in the data; a fit then goes on
         from there, with callbacks that begin afresh. (`fit(..., resume=True)` is what goes on exactly.) With
         `partial`, only parameters and mutable collections of equal path, shape and dtype are taken, as for
-        fine-tuning; step, optimizer and all else stay, and what was left is told.
+        fine-tuning; step, optimizer and all else stay, and what was left is told. Of a checkpoint of weights only
+        (`Checkpoint(weights_only=True)`) step, model and averages are taken, for evaluations or as the start of another
+        run: the optimizer begins afresh, and history and place in the data stay.
 
         Args:
             path: a `logdir`, its folder of checkpoints, or one checkpoint.
@@ -318,9 +321,7 @@ class Trainer(Asking):
             FileNotFoundError: there is neither a state kept nor a checkpoint before `step`.
             ValueError: data are needed and there are none, or too few.
         """
-        store = next(
-            (Store(c.folder(self._logdir)) for c in self._callbacks if isinstance(c, Checkpoint)), None
-        )
+        store = next((Store(keeper.folder(self._logdir)) for keeper in self._keepers()), None)
         data = self._run.data if data is None else data
         source = None if data is None else self._source_of(data)
         return Replay(self._engine, self._logdir, store, source, self._accumulate).run(
@@ -367,15 +368,28 @@ class Trainer(Asking):
             self._strategy,
             self.metrics,
             scaled=self._precision.scaled,
-            settings=self._settings,
             probes=probes,
+            views=[view for callback in self._callbacks if (view := callback.eval_view()) is not None],
+            settings=self._settings,
         )
 
     def _checkpoints(self) -> list[Store]:
-        keepers = [callback for callback in self._callbacks if isinstance(callback, Checkpoint)]
+        keepers = self._keepers()
         if not keepers:
-            raise ValueError("resume=True needs checkpoints: add tk.callbacks.Checkpoint() to the callbacks.")
+            why = (
+                " Those with weights_only=True can't be resumed from."
+                if any(isinstance(callback, Checkpoint) for callback in self._callbacks)
+                else ""
+            )
+            raise ValueError(
+                f"resume=True needs checkpoints: add tk.callbacks.Checkpoint() to the callbacks.{why}"
+            )
         return [Store(keeper.folder(self._logdir)) for keeper in keepers]
+
+    def _keepers(self) -> list[Checkpoint]:
+        """Returns the checkpoints that hold the whole run."""
+        keepers = [callback for callback in self._callbacks if isinstance(callback, Checkpoint)]
+        return [keeper for keeper in keepers if not keeper.weights_only]
 
 
 _FINAL = frozenset(

@@ -9,6 +9,7 @@ from trainkit.callbacks._callback import Callback, Phase, Rollback, Save, Stop, 
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.callbacks._early_stopping import EarlyStopping
 from trainkit.callbacks._ema import EMA
+from trainkit.callbacks._eval_view import EvalView
 from trainkit.callbacks._gradient_noise_scale import GradientNoiseScale
 from trainkit.callbacks._info import Info, Plan
 from trainkit.callbacks._lambda import Lambda
@@ -19,6 +20,7 @@ from trainkit.callbacks._probe import Probe
 from trainkit.callbacks._progress import Progress
 from trainkit.callbacks._reduce_on_plateau import ReduceOnPlateau
 from trainkit.callbacks._spike_guard import SpikeGuard
+from trainkit.callbacks._swa import SWA
 from trainkit.callbacks._watch import Watch
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "EMA",
     "EarlyStopping",
     "GradientNoiseScale",
+    "EvalView",
     "Info",
     "Lambda",
     "LearningRate",
@@ -39,6 +42,7 @@ __all__ = [
     "Progress",
     "ReduceOnPlateau",
     "Rollback",
+    "SWA",
     "Save",
     "SpikeGuard",
     "Stop",

@@ -11,6 +11,7 @@ from trainkit._core.state import TrainState
 from trainkit.callbacks._info import Info
 from trainkit.hooks._hook import StepHook
 from trainkit.hooks._probe import StepProbe
+from trainkit.hooks._view import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +157,13 @@ class Callback:
 
         A cadence in seconds can't be known beforehand, nor the end of a pass of unknown length: `on_step` is then
         called after the step that follows, and the values are of that.
+        """
+        return None
+
+    def eval_view(self) -> View | None:
+        """Returns how the state is evaluated, predicted, exported and applied with; None for no view.
+
+        With several, `weights="averaged"` is that of the callback given first.
         """
         return None
 

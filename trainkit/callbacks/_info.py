@@ -1,6 +1,7 @@
 """What a callback is told: typed, read-only, valid during the call. Owns nothing it shows."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -39,7 +40,9 @@ class Asked(Protocol):
 
     def evaluate(self, data: Any, *, weights: str, limit: int | None) -> dict[str, Any]: ...
 
-    def predict(self, data: Any, *, weights: str, limit: int | None) -> PyTree: ...
+    def predict(
+        self, data: Any, *, weights: str, limit: int | None, out: str | os.PathLike[str] | None
+    ) -> PyTree: ...
 
     def apply(
         self, fn: Callable[..., Any], *args: Any, weights: str, rng: jax.Array | int | None
@@ -152,8 +155,8 @@ class Info:
 
         Args:
             data: a source, or a mapping of names to sources, which gives `<name>/<metric>`.
-            weights: "averaged" (or "ema") for the averaged weights where a callback keeps an average, "live" for
-                the current ones.
+            weights: "averaged" (or "ema") for those of the first view that a callback gives, where there is one; "live"
+                for the current ones; or the name of a view.
             limit: int >= 1, batches at most; None for all.
 
         Raises:
@@ -161,18 +164,26 @@ class Info:
         """
         return self._answers("evaluate").evaluate(data, weights=weights, limit=limit)
 
-    def predict(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> PyTree:
+    def predict(
+        self,
+        data: Any,
+        *,
+        weights: str = "averaged",
+        limit: int | None = None,
+        out: str | os.PathLike[str] | None = None,
+    ) -> PyTree:
         """Returns what `predict_step` gives with the state of this moment for each example, as NumPy arrays.
 
         Args:
             data: a source.
             weights: as for `evaluate`.
             limit: as for `evaluate`.
+            out: as for `Trainer.predict`.
 
         Raises:
             RuntimeError: the call of the hook is over.
         """
-        return self._answers("predict").predict(data, weights=weights, limit=limit)
+        return self._answers("predict").predict(data, weights=weights, limit=limit, out=out)
 
     def apply(
         self,
