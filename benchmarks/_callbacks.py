@@ -1,4 +1,4 @@
-"""Contestants with one callback each, due never and due every 50 steps. A further callback is one line of `TABLE`."""
+"""Contestants with one callback each, due never and due every 50 steps. A further callback is one line of `table`."""
 
 import functools
 from collections.abc import Callable

@@ -205,3 +205,16 @@ def test_a_step_hook_is_not_told_the_batch():
 
     with pytest.raises(AttributeError, match=r"values\.batch is told to probes"):
         WeightTrainer(One(), optax.sgd(1.0), callbacks=[Greedy()]).fit(numbers(1), epochs=1)
+
+
+def test_after_a_rollback_probes_are_due_as_before(tmp_path):
+    data = batches(8)
+    data[5]["x"][0, 0] = np.nan
+    seen = Seen(tk.Every(steps=2))
+    guard = tk.callbacks.NanGuard("rollback", tk.Every(steps=1))
+    saving = tk.callbacks.Checkpoint(every=tk.Every(steps=3))
+    options = {"logdir": tmp_path, "steps_per_call": 2, "fit": {"epochs": 1}}
+    trainer, result = train(seen, guard, saving, data=data, **options)
+    # Step 6 is bad: back to step 3, and on with the two batches after it.
+    assert (seen.steps, result.step) == ([2, 4, 6, 4], 5)
+    assert compiled(trainer) == (1, 1)
