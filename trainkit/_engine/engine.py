@@ -31,13 +31,15 @@ from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
 from trainkit._feed.stream import Stream
 from trainkit._step.checks import explained_errors
 from trainkit._step.given import Given
-from trainkit._step.inspection import Traits, inspect_eval, inspect_train
+from trainkit._step.inspection import Traits, inspect_eval, inspect_probed, inspect_train
+from trainkit._step.probes import ProbedSteps
 from trainkit._step.statistics import Measured
 from trainkit._step.steps import Steps
 from trainkit.data._arrays import Arrays
 from trainkit.data._batch import GlobalBatch, batch_size_of, check_batch, spec_of, unpad
 from trainkit.data._source import Source
 from trainkit.hooks._loss_scale import SkippedUpdates
+from trainkit.hooks._probe import StepProbe
 from trainkit.hooks._view import View
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.optim._stages import Stages
@@ -66,9 +68,10 @@ class Engine:
         views: Sequence[View] = (),
         settings: CallSettings = ONE_BY_ONE,
         stages: Stages | None = None,
+        probes: tuple[StepProbe, ...] = (),
     ) -> None:
         self.steps, self.strategy, self.stages = steps, strategy, stages
-        self.views = Views(views, strategy)
+        self.views, self._probed = Views(views, strategy), ProbedSteps(steps, probes)
         self._collections = {"training": _with_loss_scale(collection) if scaled else collection}
         self._collections["evaluation"] = collection
         self._prepared: dict[tuple[Any, ...], tuple[Callable[..., Any], Accumulator, PyTree, Calls]] = {}
@@ -246,16 +249,24 @@ class Engine:
             what="training",
             why=why,
         )
-        compiled = functools.partial(
-            self.strategy.compile,
+        step = functools.partial(_from_held, self.steps.train)
+        prepared = self._prepare("training", step, self._compiled_train, state, traits, feed)
+        self._last_calls = prepared.calls
+        if self._probed:
+            self._inspect("probed training", functools.partial(inspect_probed, self._probed), state, first)
+            pure = functools.partial(_from_held, self._probed.train, prepared.accumulator, key_impl(state))
+            program = self._kept(("probed", prepared.step), lambda: self._compiled_train(pure, Role.WHOLE))
+            prepared = prepared._replace(probed=program)
+        return prepared
+
+    def _compiled_train(self, step: Callable[..., Any], *more: Role) -> Callable[..., Any]:
+        return self.strategy.compile(
+            step,
             inputs=(Role.STATE, Role.WHOLE, Role.WHOLE, self._rows, self._rows),
-            outputs=(Role.STATE, Role.WHOLE),
+            outputs=(Role.STATE, Role.WHOLE, *more),
             # Where JAX looks at every result, it raises after the arguments are gone: the state is to be left whole.
             donate=() if _debugs_numbers() else (0,),
         )
-        prepared = self._prepare("training", self._train, compiled, state, traits, feed)
-        self._last_calls = prepared.calls
-        return prepared
 
     def prepare_eval(self, state: TrainState, source: Source, first: Batch | GlobalBatch) -> Prepared:
         """Returns the evaluation step for `source`, as `prepare_train`."""
@@ -375,12 +386,6 @@ class Engine:
         """Returns in a few words how training steps are put into calls and what they are given."""
         return "open until the first fit" if self._last_calls is None else self._last_calls.describe()
 
-    def _train(
-        self, accumulator: Accumulator, impl: str, raw: Any, packed: Any, held: Any, handed: Any, mask: Any
-    ) -> tuple[Any, Any]:
-        given, data = held
-        return self.steps.train(accumulator, impl, given, raw, packed, pick(data, handed), mask)
-
     @property
     def _rows(self) -> Role:
         """What a batch and its outputs are to the devices: a unit is whole on each."""
@@ -436,6 +441,20 @@ class Engine:
             self._prepared[key] = run, accumulator, self.strategy.replicate(accumulator.empty()), calls
         run, accumulator, empty, calls = self._prepared[key]
         return Prepared(run, accumulator, empty, feed, calls)
+
+
+def _from_held(
+    train: Callable[..., Any],
+    accumulator: Accumulator,
+    impl: str,
+    raw: Any,
+    packed: Any,
+    held: Any,
+    handed: Any,
+    mask: Any,
+) -> Any:
+    given, data = held
+    return train(accumulator, impl, given, raw, packed, pick(data, handed), mask)
 
 
 def _debugs_numbers() -> bool:

@@ -7,7 +7,7 @@ evaluation; then the checkpoint says what is owed, and the fit that goes on with
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,7 +20,6 @@ from trainkit._core.state import TrainState
 from trainkit._core.typing import Batch, PyTree
 from trainkit._debug.failures import Failures
 from trainkit._engine.engine import Engine
-from trainkit._feed.feed import Fed
 from trainkit._feed.intake import Intake, RowIntake, intake_of
 from trainkit._feed.stream import Stream
 from trainkit._loop.costs import Costs, show_batches
@@ -28,6 +27,7 @@ from trainkit._loop.dispatch import Dispatcher, before_checkpoints, checkpoints,
 from trainkit._loop.evaluate import evaluate
 from trainkit._loop.interrupts import Interrupts
 from trainkit._loop.meetings import EVERY, Meetings
+from trainkit._loop.probing import Probing
 from trainkit._loop.record import Record
 from trainkit._loop.request import LAST_STEP, Request, refuse_overflow
 from trainkit._loop.result import FitResult, summarized
@@ -40,7 +40,7 @@ from trainkit._loop.told import Told
 from trainkit._loop.train_metrics import NO_METRICS, TrainMetrics, read_only
 from trainkit._loop.weights import Weights
 from trainkit._resume.saved import Saved
-from trainkit.data._batch import batch_size_of, check_batch, spec_of
+from trainkit.data._batch import batch_size_of, spec_of
 from trainkit.writers._writer import MetricWriter
 
 _LOG = logging.getLogger("trainkit")
@@ -95,8 +95,10 @@ class Loop:
             self._seconds,
             watch,
             Costs(watch, self.standing, self._prepared.calls.flops),
+            lambda callback: self._probing.values_for(callback),
         )
         self._dispatch = Dispatcher(request.callbacks, self._told.info, self._told.act)
+        self._probing = Probing(self._dispatch.implementing("on_step"), self.standing, request.accumulate)
         looking = self._dispatch.implementing("on_batch")
         self._show = show_batches(looking, self._supply, request.accumulate, watch)
         self._intake, self._opened = self._intake_of(batches), True
@@ -263,7 +265,7 @@ class Loop:
         return intake_of(batches, self._prepared.feed, group, keeps=keeps)
 
     def _run_pass(self, intake: Intake | RowIntake) -> None:
-        calls, metrics, watch = self._prepared.calls, self._metrics, self._watch
+        calls, metrics, watch = self._probing.calls(self._prepared), self._metrics, self._watch
         standing, clock, interrupts, show = self.standing, self._watch.clock, self._interrupts, self._show
         position = standing.position
         more = self._begin_pass(intake)
@@ -278,7 +280,7 @@ class Loop:
             try:
                 standing.raw, metrics.packed = run(standing.raw, metrics.packed, feds)
             except Exception as error:
-                self._note_failure(error, feds)
+                self._failures.note(standing.step + 1, feds, error, self._supply)
                 raise
             if show is not None:
                 show(intake.taken)
@@ -310,7 +312,7 @@ class Loop:
                 waited, asked = 0.0, clock()
                 if more:
                     if self._hold():
-                        calls.open(standing.raw, metrics.packed, intake.first())
+                        self._prepared.calls.open(standing.raw, metrics.packed, intake.first())
                     calls.resume()
         watch.turn("other")
 
@@ -338,17 +340,11 @@ class Loop:
             self._engine.held(self._data, self.standing.step)
         )
 
-    def _note_failure(self, error: Exception, feds: Sequence[Fed]) -> None:
-        read = [fed._replace(batch=self._supply.read(fed.batch)) for fed in feds]
-        self._failures.note(self.standing.step + 1, read, error)
-        if isinstance(error, TypeError):
-            for fed in read:  # names the leaf that no step can take, where that was the reason
-                check_batch(fed.batch)
-
     def _due(self) -> float:
         """Returns the next step at which the host has anything to do."""
         end = NEVER if self.standing.plan.steps is None else self.standing.plan.steps
-        return min(self._steppers.next_step, self._evaluations.next_step, self._chores.next_step, end)
+        timetables = self._steppers, self._evaluations, self._chores, self._probing
+        return min(end, *[one.next_step for one in timetables])
 
     def _alarm(self) -> float:
         """Returns the next time on the clock at which the host has anything to do."""
@@ -368,6 +364,7 @@ class Loop:
         evaluations = self._evaluations.take_due(self.standing.step, epoch, now)
         if self._request.dry and self._over():  # everything is tried once, however far it is off
             steppers, evaluations = self._steppers.things, self._evaluations.things
+        steppers = self._probing.told(steppers)
         if self._together and steppers:
             # Here on all processes, in case a callback looks at its metrics on one of them only.
             self._metrics.cut()

@@ -102,3 +102,19 @@ class LinenModel(Model):
         if self._precision.is_mixed:
             carried = {name: in_dtypes_of(variables.get(name), value) for name, value in carried.items()}
         return result, carried
+
+    def captured(
+        self, fn: ScopedFunction, variables: Variables, rng: jax.Array, *args: Any
+    ) -> dict[str, Any]:
+        def attempt(run: Run) -> Any:
+            fixed = flax.core.DenyList(("params", *run.fixed))
+            given = without(variables, run.sown)
+            casts = CastCalls(self._precision)
+            fn_ = casts.watching(fn) if self._precision.is_mixed else fn
+            apply = nn.apply(run.marking(fn_), self.module, mutable=fixed, capture_intermediates=True)
+            cast = nn.intercept_methods(casts) if self._precision.is_mixed else contextlib.nullcontext()
+            with cast:
+                return apply(given, *args, rngs=run.keys(rng))
+
+        _, updated = self._watch.settle("train", frozenset(), attempt)
+        return updated["intermediates"]

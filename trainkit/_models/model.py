@@ -34,6 +34,19 @@ class Model(abc.ABC):
             Its result, and the collections it may have changed, without values sown on the way.
         """
 
+    def captured(
+        self, fn: ScopedFunction, variables: Variables, rng: jax.Array, *args: Any
+    ) -> dict[str, Any]:
+        """Runs `fn(bound module, *args)` in training and returns what each module returned.
+
+        Returns:
+            Nests of the names of modules, with their outputs in a tuple under `"__call__"`.
+
+        Raises:
+            TypeError: modules of this kind can't be watched.
+        """
+        raise TypeError("activations are captured of flax.linen modules only; leave ActivationStats out.")
+
     @abc.abstractmethod
     def measuring(self) -> tuple["Model", Set[tuple[str, ...]]]:
         """Returns the model such that a training call leaves the statistics of its batch alone, and drops nothing out.

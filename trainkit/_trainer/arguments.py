@@ -46,6 +46,10 @@ def check_callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two callbacks keep state under state.hooks[{twice[0]!r}]; give one another name=.")
+    probes = [probe.name for callback in callbacks if (probe := callback.step_probe()) is not None]
+    twice = sorted({name for name in probes if probes.count(name) > 1})
+    if twice:
+        raise ValueError(f"two callbacks have a probe named {twice[0]!r}; give one another name=.")
     _check_views([view.name for callback in callbacks if (view := callback.eval_view()) is not None])
     return tuple(callbacks)
 

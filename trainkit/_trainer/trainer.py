@@ -361,6 +361,7 @@ class Trainer(Asking):
     @functools.cached_property
     def _engine(self) -> Engine:
         hooks = tuple(hook for callback in self._callbacks if (hook := callback.step_hook()) is not None)
+        probes = tuple(probe for callback in self._callbacks if (probe := callback.step_probe()) is not None)
         user = UserFunctions(
             loss=self.loss,
             predict_step=self.predict_step,
@@ -386,6 +387,7 @@ class Trainer(Asking):
             self._strategy,
             self.metrics,
             scaled=self._precision.scaled,
+            probes=probes,
             views=[view for callback in self._callbacks if (view := callback.eval_view()) is not None],
             settings=self._settings,
             stages=stages,

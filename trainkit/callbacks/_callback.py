@@ -11,6 +11,7 @@ from trainkit._core.state import TrainState
 from trainkit._core.typing import Batch
 from trainkit.callbacks._info import Info
 from trainkit.hooks._hook import StepHook
+from trainkit.hooks._probe import StepProbe
 from trainkit.hooks._view import View
 from trainkit.optim._stages import Stages
 
@@ -161,6 +162,14 @@ class Callback:
 
     def step_hook(self) -> StepHook | None:
         """Returns the pure pair to trace into the compiled training step, None for none."""
+        return None
+
+    def step_probe(self) -> StepProbe | None:
+        """Returns what is to be computed in the steps at which `every` is due; `info.probed` then has the values.
+
+        A cadence in seconds can't be known beforehand, nor the end of a pass of unknown length: `on_step` is then
+        called after the step that follows, and the values are of that.
+        """
         return None
 
     def eval_view(self) -> View | None:

@@ -102,6 +102,8 @@ class Info:
         writer: where this callback writes; a `MetricWriter`.
         plan: how far the fit is going to run.
         seconds: since the fit began.
+        probed: in `on_step`, what the `step_probe` of this callback gave for the step: arrays on the devices, which no
+            later step takes. None without one.
     """
 
     step: int
@@ -111,6 +113,7 @@ class Info:
     writer: MetricWriter
     plan: Plan
     seconds: float
+    probed: PyTree
     _state: Callable[[], TrainState] | None
     _metrics: Callable[[], Mapping[str, Any]]
     _direction: Callable[[str], str | None]
@@ -132,6 +135,7 @@ class Info:
         direction: Callable[[str], str | None],
         asked: Asked | None = None,
         costs: Costs | None = None,
+        probed: PyTree = None,
     ) -> None:
         # Past __setattr__, which refuses.
         self.__dict__.update(
@@ -142,6 +146,7 @@ class Info:
             writer=writer,
             plan=plan,
             seconds=seconds,
+            probed=probed,
             _state=state,
             _metrics=metrics,
             _direction=direction,
