@@ -121,7 +121,7 @@ def test_a_study_of_optuna_prunes():
     ]
 
 
-@pytest.mark.parametrize("trial", [None, object(), "trial"], ids=str)
+@pytest.mark.parametrize("trial", [None, object(), "trial"], ids=["none", "object", "str"])
 def test_something_that_is_no_trial_is_refused(trial):
     with pytest.raises(TypeError, match=r"report\(value, step\) and should_prune\(\), and report and should"):
         OptunaPrune(trial, "eval/loss")

@@ -11,9 +11,11 @@ from tests.helpers.runs import Script, assert_equal, scalars_of, sigterm_at, ste
 from tests.helpers.weight import Weight, WeightTrainer, numbers, trainer, weight
 from trainkit.callbacks import (
     EMA,
+    SWA,
     Callback,
     Checkpoint,
     EarlyStopping,
+    EvalView,
     Lambda,
     LearningRate,
     LogMetrics,
@@ -39,10 +41,13 @@ SHIPPED = {
     "Checkpoint": lambda folder: Checkpoint(EACH, best=("eval/loss", "min"), folder=folder),
     "EMA": lambda folder: EMA(0.5),
     "EarlyStopping": lambda folder: EarlyStopping("eval/loss", mode="min", patience=1, restore_best=True),
+    "EvalView": lambda folder: EvalView(lambda state: state),
+    "Lambda": lambda folder: Lambda(on_step=lambda info: None),
     "LearningRate": lambda folder: LearningRate(EACH),
     "LogMetrics": lambda folder: LogMetrics(EACH),
     "NanGuard": lambda folder: NanGuard("skip", EACH),
     "ReduceOnPlateau": lambda folder: ReduceOnPlateau("eval/loss", mode="min", patience=1),
+    "SWA": lambda folder: SWA(2),
 }
 
 

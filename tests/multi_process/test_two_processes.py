@@ -205,11 +205,10 @@ def test_a_signal_to_one_process_ends_both_at_the_same_step(pair, tmp_path):
         assert ends(process, index, tmp_path, PATIENCE) == 0, log(tmp_path, index)
     first, second = (json.loads((tmp_path / f"{index}.json").read_text()) for index in range(2))
     assert first == second
-    step, stopped_by, evaluated = first
-    assert (step % 32, stopped_by) == (0, "SIGTERM")
+    _, stopped_by, evaluated = first
+    assert stopped_by == "SIGTERM"
     # By seconds, which the processes measure differently: they agreed on these too.
     assert evaluated
-    assert all(at % 32 == 0 for at in evaluated)
 
 
 def test_the_example_runs_as_two_processes_on_one_machine(tmp_path):

@@ -71,7 +71,7 @@ class Calls:
             said = str(choice)
             if choice.size > 1:
                 said += f", {choice.size * self._tuner.programs.bytes:,} bytes of batches a call"
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(self._held))
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(self._held[-1:]))
         return f"{said}; {held:,} bytes of data on the device" if held else said
 
     def begin(self, given: Choice | None, steps: float | None, held: PyTree = NOTHING) -> None:
@@ -80,12 +80,25 @@ class Calls:
         Args:
             given: the choice of the run that is resumed, None to find one.
             steps: that the fit is going to run, None where it is not known.
-            held: data on the device from which steps pick the rows that they are given the numbers of.
+            held: what steps are given at each call: beside state and batch, and data on the device from which they
+                pick the rows that they are given the numbers of.
         """
         self._held = held
         # A number of steps that the user gave leaves nothing open.
         self._given = given if self._settings.steps_per_call is None else None
         self._remaining, self._tuner = steps or 0, None
+
+    def hold(self, held: PyTree) -> bool:
+        """Has steps be given something else from now on; says whether they are another program, to be opened anew.
+
+        Such a program is called as the one before.
+        """
+        if jax.tree.structure(held) == jax.tree.structure(self._held):
+            return False
+        if self._settings.steps_per_call is None and self.choice is not None:
+            self._given = self.choice
+        self._held, self._tuner = held, None
+        return True
 
     def open(self, raw: Any, packed: Any, first: Fed) -> None:
         """Begins a pass over the data, whose first batch is `first`: most batches are expected to be of its make."""
@@ -136,6 +149,11 @@ class Calls:
         if tuner is not None and tuner.choice is None:
             tuner.ran(len(feds), packed)
         return raw, packed
+
+    def probed(self, run: Callable[..., Any], raw: Any, packed: Any, fed: Fed) -> tuple[Any, Any, Any]:
+        """Runs one step by a program that returns something beside what all do; it takes no part in any measurement."""
+        self.pause()
+        return run(raw, packed, self._held, fed.batch, fed.mask)
 
     def pause(self) -> None:
         """Tells that the host does something else than dispatching steps."""

@@ -85,7 +85,7 @@ class Programs:
         example: a batch of the make.
         raw: the train state, with its key raw.
         packed: the carried metrics.
-        held: data on the device, from which steps pick rows.
+        held: what steps are given at each call.
     """
 
     def __init__(

@@ -29,6 +29,7 @@ from trainkit._loop.stopwatch import PARTS
 from trainkit._loop.told import direction_of
 from trainkit._resume.restore import restore_state
 from trainkit._resume.saved import Saved
+from trainkit._step.given import check_frozen_same
 from trainkit.data._base import Source
 from trainkit.data._batch import GlobalBatch
 from trainkit.writers._open import FitWriter, open_writers
@@ -54,7 +55,9 @@ def fit(engine: Engine, run: Run, request: Request) -> FitResult:
         open_writers(request.logdir, request.writers, run.history) as writer,
         kept_on_disk(request.keep_compiled, processes=engine.strategy.processes),
     ):
-        return _fit(engine, run, request, writer, interrupts, ongoing)
+        result = _fit(engine, run, request, writer, interrupts, ongoing)
+    # A signal that came when there was nothing left to break off is not swallowed.
+    return dataclasses.replace(result, stopped_by=result.stopped_by or interrupts.received)
 
 
 def _fit(
@@ -76,6 +79,8 @@ def _fit(
         settle(run, request)
         run.begin(saved)
         return _done_before(engine, run, saved)
+    if saved is not None:
+        check_frozen_same(saved.frozen, engine.steps.constants.fingerprint(engine.strategy))
     if saved is None:
         run.take_back(writer)
     elif goes_beyond(request, saved):

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from trainkit._calls.calls import Calls
 from trainkit._core.phases import phase, phases_are_named
 from trainkit._feed.intake import Intake, RowIntake
 from trainkit._loop.standing import Standing
@@ -12,7 +11,7 @@ Call = Callable[..., Any]
 
 
 def stepping(
-    calls: Calls, intake: Intake | RowIntake, standing: Standing
+    calls: Call, intake: Intake | RowIntake, standing: Standing
 ) -> tuple[Call, Call, Callable[[], bool]]:
     """Returns what runs a call of steps, takes its batches, and says whether there are more.
 

@@ -43,6 +43,7 @@ class Told:
         seconds: returns the seconds since it began.
         watch: where its time goes.
         costs: what it has cost so far.
+        probed: returns what the probe of a callback gave for the step that is told.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class Told:
         seconds: Callable[[], float],
         watch: Stopwatch,
         costs: Costs,
+        probed: Callable[[Callback], Any],
     ) -> None:
         self._engine, self._request, self._standing = engine, request, standing
-        self._metrics, self._record, self._seconds, self._costs = metrics, record, seconds, costs
+        self._metrics, self._record, self._seconds = metrics, record, seconds
+        self._costs, self._probed = costs, probed
         self._asked = Questions(engine, lambda: standing.state, watch.on)
         self._history = record.history.shown()
         self.direction = functools.partial(direction_of, accumulator)
@@ -83,6 +86,7 @@ class Told:
             direction=self.direction,
             asked=self._asked,
             costs=self._costs,
+            probed=self._probed(callback) if hook == "on_step" else None,
         )
 
     def act(self, callback: Callback, action: Stop | Update | Save | Rollback) -> None:

@@ -11,6 +11,9 @@ from trainkit._core.state import TrainState
 from trainkit._core.typing import Batch
 from trainkit.callbacks._info import Info
 from trainkit.hooks._hook import StepHook
+from trainkit.hooks._probe import StepProbe
+from trainkit.hooks._view import View
+from trainkit.optim._stages import Stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +152,24 @@ class Callback:
 
     def step_hook(self) -> StepHook | None:
         """Returns the pure pair to trace into the compiled training step, None for none."""
+        return None
+
+    def step_probe(self) -> StepProbe | None:
+        """Returns what is to be computed in the steps at which `every` is due; `info.probed` then has the values.
+
+        A cadence in seconds can't be known beforehand, nor the end of a pass of unknown length: `on_step` is then
+        called after the step that follows, and the values are of that.
+        """
+        return None
+
+    def eval_view(self) -> View | None:
+        """Returns how the state is evaluated, predicted, exported and applied with; None for no view.
+
+        With several, `weights="averaged"` is that of the callback given first.
+        """
+
+    def stages(self) -> Stages | None:
+        """Returns from which step on groups of parameters are trained, None to have no say; of one trainer one has."""
         return None
 
     def implements(self, hook: str) -> bool:
