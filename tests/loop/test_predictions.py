@@ -11,7 +11,8 @@ import pytest
 from flax import linen as nn
 
 import trainkit as tk
-from trainkit._loop.npy_files import JOURNAL, Leaf, NpyFiles
+from trainkit._loop.npy_files import JOURNAL, NpyFiles
+from trainkit._loop.npy_leaf import Leaf
 
 X = np.random.default_rng(0).normal(size=(22, 3)).astype(np.float32)
 NAMES = np.array(["a", "bb", "a name that is much longer than others", "ü"] * 6)[:22]
@@ -200,10 +201,21 @@ def test_files_of_others_are_left_alone(tmp_path, line, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=rf"{name}' is there, and was not written by predict"):
         line.predict(Counted(), out=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", name}
     assert (tmp_path / name).read_text() == (tmp_path / "notes.txt").read_text() == "mine"
     (tmp_path / name).unlink()
     assert_right(line.predict(Counted(), out=tmp_path), line)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_one_prediction_at_a_time(tmp_path, line):
+    leaf = Leaf("output", np.dtype("<f4"), (2,))
+    first = NpyFiles(tmp_path, 1, [leaf])
+    first.write([np.zeros((3, 2), np.float32)])
+    with pytest.raises(ValueError, match=r"another prediction is being written to .*a folder of its own"):
+        line.predict(Counted(), out=tmp_path)
+    assert first.finish()["output"].shape == (3, 2)
+    assert_right(line.predict(Counted(), out=tmp_path), line)
 
 
 def test_a_link_is_not_followed(tmp_path, line):
@@ -243,6 +255,13 @@ def test_what_a_file_does_not_hold(tmp_path, line):
     made.init({"x": X})
     with pytest.raises(ValueError, match=r"one unit .*leave out= away"):
         made.predict([{"x": X}], out=tmp_path)
+
+    class Empty(Line):
+        def predict_step(self, model, batch, ctx):
+            return {}
+
+    with pytest.raises(ValueError, match="predict_step gives no array"):
+        trainer(Empty).predict([{"x": X}], out=tmp_path / "empty")
 
     class Dots(Line):
         def predict_step(self, model, batch, ctx):

@@ -63,6 +63,29 @@ def test_nothing_is_dropped():
     assert_statistics(measured(Dropped())[0]["BatchNorm_0"], X)
 
 
+class Attention(nn.Module):
+    in_call: bool
+
+    @nn.compact
+    def __call__(self, x):
+        options = {} if self.in_call else {"deterministic": False}
+        layer = nn.MultiHeadDotProductAttention(2, dropout_rate=0.5, name="layer", **options)
+        return norm()(layer(x, **({"deterministic": False} if self.in_call else {})))
+
+
+@pytest.mark.parametrize("in_call", [True, False])
+def test_nothing_is_dropped_of_attention(in_call):
+    x, module = np.stack([X, Y]), Attention(in_call)
+    params = module.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, x)["params"]
+    layer = nn.MultiHeadDotProductAttention(2, deterministic=True)
+    seen = layer.apply({"params": params["layer"]}, x)
+    model, _ = LinenModel(module, resolve_precision("float32")).measuring()
+    stats = {"BatchNorm_0": {"mean": np.zeros(4, np.float32), "var": np.ones(4, np.float32)}}
+    variables = {"params": params, "batch_stats": stats}
+    updated = model.apply(lambda model, x: model(x), variables, jax.random.key(1), x, train=True)[1]
+    assert_statistics(updated["batch_stats"]["BatchNorm_0"], np.asarray(seen))
+
+
 class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):

@@ -1,5 +1,6 @@
 """The compiled steps of one trainer, made at first use and kept. Owns compilation; not the order of calls."""
 
+import dataclasses
 import functools
 import threading
 import weakref
@@ -18,8 +19,10 @@ from trainkit._core.tree import copy_arrays, describe, differences, is_key, sign
 from trainkit._core.typing import Batch, PyTree
 from trainkit._engine.applied import KeptByFunction, check_applied
 from trainkit._engine.eval_loop import LoopedFeed, looped
+from trainkit._engine.exported import predicting
 from trainkit._engine.padding import PaddingCheck
 from trainkit._engine.prepared import Prepared
+from trainkit._engine.supplied import Supplied
 from trainkit._engine.updates import check_updated
 from trainkit._engine.views import Views
 from trainkit._feed.feed import Feed, SharedFeed, UnitFeed, no_rows
@@ -27,6 +30,7 @@ from trainkit._feed.leaves import Parted, Warned, parted, wide_leaves
 from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
 from trainkit._feed.stream import Stream
 from trainkit._step.checks import explained_errors
+from trainkit._step.given import Given
 from trainkit._step.inspection import Traits, inspect_eval, inspect_probed, inspect_train
 from trainkit._step.probes import ProbedSteps
 from trainkit._step.statistics import Measured
@@ -38,6 +42,7 @@ from trainkit.hooks._loss_scale import SkippedUpdates
 from trainkit.hooks._probe import StepProbe
 from trainkit.hooks._view import View
 from trainkit.metrics._accumulator import Accumulator
+from trainkit.optim._stages import Stages
 from trainkit.parallel._strategy import Role, Strategy
 
 
@@ -62,15 +67,18 @@ class Engine:
         scaled: bool,
         views: Sequence[View] = (),
         settings: CallSettings = ONE_BY_ONE,
+        stages: Stages | None = None,
         probes: tuple[StepProbe, ...] = (),
     ) -> None:
-        self.steps, self.strategy, self.views = steps, strategy, Views(views, strategy)
-        self._probed = ProbedSteps(steps, probes)
+        self.steps, self.strategy, self.stages = steps, strategy, stages
+        self.views, self._probed = Views(views, strategy), ProbedSteps(steps, probes)
         self._collections = {"training": _with_loss_scale(collection) if scaled else collection}
         self._collections["evaluation"] = collection
         self._prepared: dict[tuple[Any, ...], tuple[Callable[..., Any], Accumulator, PyTree, Calls]] = {}
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._applied = KeptByFunction()
+        self.train_spec: Any = None  # shapes and dtypes of the last training batch that was looked at
+        self.others: dict[type[clu.metrics.Collection], Engine] = {}  # that evaluate by other metrics
         self._announced: set[str] = set()
         self._settings = settings
         self._last_calls: Calls | None = None
@@ -143,17 +151,28 @@ class Engine:
                 # Each process reads its rows; the devices, not the hosts, put them together.
                 feed = SharedFeed(self.strategy, rows=rows, may_be_partial=False, exact=True, what="first")
                 batch = unpad(feed.place(batch).batch, rows)
-            return self._init(self.strategy.replicate(jax.random.key(seed)), self.strategy.replicate(batch))
+            return self._init(self.given(), *self.strategy.replicate((jax.random.key(seed), batch)))
 
     def init_spec(self, batch: Batch | GlobalBatch) -> TrainState:
         """Returns the shapes and dtypes of what `init` returns, without computing it."""
         check_batch(spec_of(batch))
         with explained_errors():
-            return jax.eval_shape(self._init, jax.random.key(0), spec_of(batch))
+            return jax.eval_shape(self._init, self.steps.constants.spec(), jax.random.key(0), spec_of(batch))
 
     @functools.cached_property
     def _init(self) -> Callable[..., TrainState]:
-        return self.strategy.compile(self.steps.init, inputs=(Role.WHOLE, Role.WHOLE), outputs=Role.STATE)
+        return self.strategy.compile(self.steps.init, inputs=(Role.WHOLE,) * 3, outputs=Role.STATE)
+
+    def given(self) -> Given:
+        """Returns what steps are given beside state and batch, on the devices."""
+        return self.steps.constants.placed(self.strategy)
+
+    def held(self, data: PyTree, step: int) -> tuple[Given, PyTree]:
+        """Returns the third argument of the training step after `step`: what it is given, and data to pick rows of."""
+        given, stages = self.given(), self.stages
+        if stages is not None:
+            given = dataclasses.replace(given, held_back=stages.held_back(step))
+        return given, data
 
     def complete(self, state: TrainState, seed: int) -> TrainState:
         """Returns `state` on the devices, with the key and the memory of step hooks that it may lack.
@@ -217,6 +236,7 @@ class Engine:
             least_rows: to how many rows batches are padded at least, where padding is exact.
         """
         first, rows = self._first_spec(first, "training")
+        self.train_spec = first
         self._prove(state, first)
         traits = self._inspect("training", inspect_train, state, first)
         exact, why = traits.per_example and not state.batch_stats, "the model keeps batch statistics"
@@ -265,19 +285,24 @@ class Engine:
         arrays = self._looped_over(source, prepared.accumulator, traits)
         if arrays is not None:
             feed = LoopedFeed(self.strategy, rows)
-            step, batches = self._in_loop(prepared.step, rows, exact), arrays.pieces(0, feed.examples)
+            evaluation: Any = prepared.step
+            step, batches = self._in_loop(evaluation, rows, exact), arrays.pieces(0, feed.examples)
             prepared = prepared._replace(step=step, feed=feed, batches=batches)
         self.wait_for("evaluation")
         zero = self.strategy.replicate(jnp.zeros((), jnp.int32))
         return prepared._replace(empty=(prepared.empty, zero))
 
     def _compiled_eval(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        inputs, outputs = (Role.STATE, Role.WHOLE, self._rows, self._rows), (Role.WHOLE, self._rows)
-        return self.strategy.compile(step, inputs=inputs, outputs=outputs)
+        inputs = (Role.WHOLE, Role.STATE, Role.WHOLE, self._rows, self._rows)
+        return self._supplied(step, inputs=inputs, outputs=(Role.WHOLE, self._rows))
 
-    def _in_loop(self, step: Callable[..., Any], rows: int, masked: bool) -> Callable[..., Any]:
+    def _supplied(self, step: Callable[..., Any], **roles: Any) -> Supplied:
+        """Returns `step(given, ...)` compiled, to be called without `given`."""
+        return Supplied(self.strategy.compile(step, **roles), self.given)
+
+    def _in_loop(self, step: Supplied, rows: int, masked: bool) -> Callable[..., Any]:
         key = ("looped", step, rows, masked)
-        return self._kept(key, lambda: self._compiled_eval(looped(step, rows, masked=masked)))
+        return self._kept(key, lambda: self._compiled_eval(looped(step.program, rows, masked=masked)))
 
     def _kept(self, key: tuple[Any, ...], make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         """Returns the program under `key`, made at first use. Kept here, and so no longer than this engine."""
@@ -318,10 +343,10 @@ class Engine:
         self._prove(state, first)
         options = {"rows": rows, "may_be_partial": source.may_be_partial, "exact": False}
         feed = self._feed(**options, what="statistics", why="the model keeps batch statistics")
-        roles = {"inputs": (Role.STATE, self._rows, self._rows), "outputs": Role.WHOLE}
+        roles = {"inputs": (Role.WHOLE, Role.STATE, self._rows, self._rows), "outputs": Role.WHOLE}
         impl = key_impl(state)
         step = functools.partial(self.steps.statistics, impl)
-        return self._kept(("statistics", impl), lambda: self.strategy.compile(step, **roles)), feed
+        return self._kept(("statistics", impl), lambda: self._supplied(step, **roles)), feed
 
     def applied(
         self, state: TrainState, fn: Callable[..., Any], args: tuple[Any, ...], rng: jax.Array | int | None
@@ -345,19 +370,13 @@ class Engine:
             return program(bare, *self.strategy.replicate((args, rng)))
 
     def _compiled_applied(self, impl: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-        inputs = (Role.STATE, Role.WHOLE, Role.WHOLE)
+        inputs = (Role.WHOLE, Role.STATE, Role.WHOLE, Role.WHOLE)
         step = functools.partial(self.steps.applied, impl, fn)
-        return self.strategy.compile(step, inputs=inputs, outputs=Role.WHOLE)
+        return self._supplied(step, inputs=inputs, outputs=Role.WHOLE)
 
     def prediction(self, state: TrainState) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:
-        """Returns a pure function of `(state, batch)` that predicts on one device, and the state it takes."""
-        impl, axis = key_impl(state), self.strategy.replica_axis
-
-        def predict(state: TrainState, batch: Batch) -> PyTree:
-            return self.steps.prediction(impl, state, batch, None)
-
-        bare = with_raw_key(state.replace(opt_state=(), hooks={}))
-        return (predict if axis is None else _as_only_replica(predict, axis)), bare
+        """Returns a pure function of `(arrays, batch)` that predicts on one device, and the arrays it takes."""
+        return predicting(self.steps, self.given(), state, self.strategy.replica_axis)
 
     def training_metrics(self) -> Accumulator:
         """Returns an accumulator of the training metrics, which no step has specified yet."""
@@ -388,16 +407,16 @@ class Engine:
         return kind(self.strategy, announced=self._announced, **options)
 
     def _predict(self, impl: str) -> Callable[..., Any]:
-        roles = {"inputs": (Role.STATE, self._rows, self._rows), "outputs": self._rows}
+        roles = {"inputs": (Role.WHOLE, Role.STATE, self._rows, self._rows), "outputs": self._rows}
         step = functools.partial(self.steps.predict, impl)
-        return self._kept(("predict", impl), lambda: self.strategy.compile(step, **roles))
+        return self._kept(("predict", impl), lambda: self._supplied(step, **roles))
 
     def _inspect(self, kind: str, inspect: Callable[..., Traits], state: TrainState, batch: Batch) -> Traits:
         # A look at the step traces it; every evaluation of a fit asks for one.
         leaves, structure = jax.tree.flatten((state, batch))
         key = (kind, structure, *map(describe, leaves))
         if key not in self._traits:
-            self._traits[key] = inspect(self.steps, self.strategy, state, batch)
+            self._traits[key] = inspect(self.steps, self.strategy, self.given(), state, batch)
         return self._traits[key]
 
     def _prepare(
@@ -424,9 +443,18 @@ class Engine:
         return Prepared(run, accumulator, empty, feed, calls)
 
 
-def _from_held(train: Any, accumulator: Accumulator, impl: str, *given: Any) -> Any:
-    raw, packed, held, handed, mask = given
-    return train(accumulator, impl, raw, packed, pick(held, handed), mask)
+def _from_held(
+    train: Callable[..., Any],
+    accumulator: Accumulator,
+    impl: str,
+    raw: Any,
+    packed: Any,
+    held: Any,
+    handed: Any,
+    mask: Any,
+) -> Any:
+    given, data = held
+    return train(accumulator, impl, given, raw, packed, pick(data, handed), mask)
 
 
 def _debugs_numbers() -> bool:
@@ -438,13 +466,3 @@ def _debugs_numbers() -> bool:
 def _strong(new: Any, old: Any) -> Any:
     """Returns `new` as an array that is strongly typed."""
     return new if is_key(old) else jnp.asarray(new, old.dtype)
-
-
-def _as_only_replica(fn: Callable[..., PyTree], axis: str) -> Callable[..., PyTree]:
-    """Returns `fn` with the axis of the replicas bound, of size 1."""
-
-    def alone(*args: Any) -> PyTree:
-        mapped = jax.vmap(lambda _, *inner: fn(*inner), in_axes=(0, *(None for _ in args)), axis_name=axis)
-        return jax.tree.map(lambda leaf: leaf[0], mapped(jnp.zeros(1), *args))
-
-    return alone

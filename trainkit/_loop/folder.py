@@ -14,6 +14,7 @@ from trainkit._debug.failures import remove_failures
 from trainkit._loop.request import Request
 from trainkit._loop.run import Run
 from trainkit.callbacks._checkpoint import Checkpoint
+from trainkit.callbacks._profile import remove_traces
 from trainkit.checkpoint._reading import FOLDER
 from trainkit.checkpoint._store import Store
 from trainkit.writers._left import logs_in, remove_logs
@@ -56,6 +57,7 @@ def settle(run: Run, request: Request) -> None:
             store.clear()
         if request.logdir is not None:
             remove_failures(request.logdir)
+            remove_traces(request.logdir)
             remove_logs(request.logdir)
     run.has_folder = True
 

@@ -22,6 +22,7 @@ from trainkit._debug.failures import Failures
 from trainkit._engine.engine import Engine
 from trainkit._feed.intake import Intake, RowIntake, intake_of
 from trainkit._feed.stream import Stream
+from trainkit._loop.costs import Costs, show_batches
 from trainkit._loop.dispatch import Dispatcher, before_checkpoints, checkpoints, guards
 from trainkit._loop.evaluate import evaluate
 from trainkit._loop.interrupts import Interrupts
@@ -32,6 +33,7 @@ from trainkit._loop.request import LAST_STEP, Request, refuse_overflow
 from trainkit._loop.result import FitResult, summarized
 from trainkit._loop.saving import Saving
 from trainkit._loop.standing import standing_of
+from trainkit._loop.stepping import stepping
 from trainkit._loop.stopwatch import Stopwatch
 from trainkit._loop.timetable import Chore, Timetable
 from trainkit._loop.told import Told
@@ -77,7 +79,6 @@ class Loop:
         # Where data are held their rows are numbered from here on.
         begun = position.epoch - (1 if position.batch else 0)
         batches = self._supply.batches(begun, position.batch) if self._supply.holds else batches
-        self._intake, self._opened = self._intake_of(batches), True
         self._begin_calls(resumed)
         self._metrics = TrainMetrics(self._prepared.accumulator, self._prepared.empty, self._wait_for)
         self._record = Record(request.callbacks, writer, history, self._metrics)
@@ -91,12 +92,16 @@ class Loop:
             self._metrics,
             self._prepared.accumulator,
             self._record,
-            self._since,
+            self._seconds,
             watch,
+            Costs(watch, self.standing, self._prepared.calls.flops),
             lambda callback: self._probing.values_for(callback),
         )
         self._dispatch = Dispatcher(request.callbacks, self._told.info, self._told.act)
         self._probing = Probing(self._dispatch.implementing("on_step"), self.standing, request.accumulate)
+        looking = self._dispatch.implementing("on_batch")
+        self._show = show_batches(looking, self._supply, request.accumulate, watch)
+        self._intake, self._opened = self._intake_of(batches), True
         self._saving = Saving(
             engine, request, self.standing, self._metrics, self._record, self._prepared.calls
         )
@@ -111,8 +116,9 @@ class Loop:
     def _begin_calls(self, resumed: Saved | None) -> None:
         given = None if resumed is None else Choice.recall(resumed.choice)
         steps = self.standing.plan.steps
-        held = self._engine.strategy.replicate(self._supply.held)
         feed, engine, standing = self._prepared.feed, self._engine, self.standing
+        self._data = engine.strategy.replicate(self._supply.held)
+        held = engine.held(self._data, standing.step)
         feed.on_padding = lambda one: engine.padding.training(
             feed, standing.step, standing.raw, standing.impl, held, one
         )
@@ -226,7 +232,8 @@ class Loop:
         try:
             intake = self._open_pass()
             if not goes_on:
-                self._dispatch.call("on_epoch_start")
+                with self._watch.on("callbacks"):
+                    self._dispatch.call("on_epoch_start")
                 self._epoch_reader.take()
             if self.standing.stopped_by is None:
                 self._run_pass(intake)
@@ -254,34 +261,37 @@ class Loop:
         return self._intake
 
     def _intake_of(self, batches: Iterator[Any]) -> Intake | RowIntake:
-        return intake_of(batches, self._prepared.feed, self._request.accumulate)
+        group, keeps = self._request.accumulate, self._show is not None
+        return intake_of(batches, self._prepared.feed, group, keeps=keeps)
 
     def _run_pass(self, intake: Intake | RowIntake) -> None:
         calls, metrics, watch = self._probing.calls(self._prepared), self._metrics, self._watch
-        standing, clock, interrupts = self.standing, self._watch.clock, self._interrupts
+        standing, clock, interrupts, show = self.standing, self._watch.clock, self._interrupts, self._show
         position = standing.position
         more = self._begin_pass(intake)
+        run, take, look = stepping(calls, intake, standing)
         due, alarm, meeting = self._due(), self._alarm(), self._meetings.next_step
         watch.turn("step")
         # Two looks at the clock a call are all that the steps pay for knowing how long they waited for data.
         waited, asked = 0.0, clock()
         while more:
-            feds = intake.take(calls.room(due - standing.step), calls.takes)
+            feds = take(calls.room(due - standing.step), calls.takes)
             waited += clock() - asked
             try:
-                standing.raw, metrics.packed = calls(standing.raw, metrics.packed, feds)
+                standing.raw, metrics.packed = run(standing.raw, metrics.packed, feds)
             except Exception as error:
                 self._failures.note(standing.step + 1, feds, error, self._supply)
                 raise
+            if show is not None:
+                show(intake.taken)
             asked = clock()
-            standing.step += len(feds)
-            position.batch += sum([fed.batches for fed in feds])
+            standing.count(feds)
             self._pass_begun = True
             if standing.step >= due:
                 intake.mark(position.batch)
             # Looking one batch ahead tells whether this was the last step of the pass, and overlaps the step.
             try:
-                more = intake.more()
+                more = look()
             except Exception:
                 if standing.step >= due:
                     self._at_step(pass_done=False)  # the step was done, and what is due after it is told
@@ -297,9 +307,12 @@ class Loop:
                 watch.turn("step")
                 if self._finished():
                     break
+                run, take, look = stepping(calls, intake, standing)
                 due, alarm, meeting = self._due(), self._alarm(), self._meetings.next_step
                 waited, asked = 0.0, clock()
                 if more:
+                    if self._hold():
+                        self._prepared.calls.open(standing.raw, metrics.packed, intake.first())
                     calls.resume()
         watch.turn("other")
 
@@ -316,8 +329,16 @@ class Loop:
             first = intake.first()
         with self._watch.on("compile"):
             self._engine.wait_for("training")
+        self._hold()
         self._prepared.calls.open(self.standing.raw, self._metrics.packed, first)
         return more
+
+    def _hold(self) -> bool:
+        """Has the next steps train the parameters that are released by now; says whether others than before."""
+        stages = self._engine.stages
+        return stages is not None and self._prepared.calls.hold(
+            self._engine.held(self._data, self.standing.step)
+        )
 
     def _due(self) -> float:
         """Returns the next step at which the host has anything to do."""

@@ -6,6 +6,7 @@ a file that is not as the journal says is written anew. A file has its name once
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -17,67 +18,14 @@ import numpy as np
 
 from trainkit._core.atomic import sync_folder
 from trainkit._core.files import check_regular, open_regular, remove
+from trainkit._loop.npy_leaf import Leaf, check_name
 
 JOURNAL = "predictions.jsonl"
 """The file that says what is whole in the others."""
 
 _SUFFIX, _GROWING = ".npy", ".npy.part"
-_MAGIC, _ALIGNED = b"\x93NUMPY\x01\x00", 64
 _BEGINS = b'{"for": '
-_MOST_ROWS = 10**20
 _CHUNK = 1 << 24
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One array, whose first dimension grows.
-
-    Attributes:
-        name: its path, with slashes.
-        dtype: of its elements; those of strings get wider as longer ones come.
-        tail: the other dimensions.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    tail: tuple[int, ...]
-
-    def header(self, rows: int) -> bytes:
-        """Returns the head of a file of so many rows, as long for any number of them."""
-        descr = np.lib.format.dtype_to_descr(self.dtype)
-        head, longest = (
-            repr({"descr": descr, "fortran_order": False, "shape": (count, *self.tail)})
-            for count in (rows, _MOST_ROWS)
-        )
-        size = -(-(len(_MAGIC) + 2 + len(longest) + 1) // _ALIGNED) * _ALIGNED
-        room = size - len(_MAGIC) - 2
-        return _MAGIC + room.to_bytes(2, "little") + head.ljust(room - 1).encode("latin1") + b"\n"
-
-    def bytes(self, rows: int) -> int:
-        """Returns the size of a file of so many rows."""
-        return len(self.header(0)) + rows * int(np.prod(self.tail, dtype=np.int64)) * self.dtype.itemsize
-
-    def as_json(self) -> list[Any]:
-        """Returns it for the journal."""
-        name = self.dtype.name if self.dtype.kind == "V" else self.dtype.str
-        return [self.name, name, list(self.tail)]
-
-    @classmethod
-    def of_json(cls, value: Any) -> "Leaf":
-        """Undoes `as_json`; raises ValueError or TypeError where it is something else."""
-        name, dtype, tail = value
-        check_name(name)
-        return cls(name, np.dtype(dtype), tuple(int(size) for size in tail))
-
-
-def check_name(name: str) -> None:
-    """Refuses a path that would lie outside of the folder.
-
-    Raises:
-        ValueError: it would.
-    """
-    if any(part in ("", ".", "..") or "\0" in part for part in name.split("/")):
-        raise ValueError(f"the leaf {name!r} can't be the name of a file; give it another.")
 
 
 @dataclasses.dataclass
@@ -105,7 +53,7 @@ class NpyFiles:
         batches: how many were whole when it was opened.
 
     Raises:
-        ValueError: the folder holds a file of that name that is of something else.
+        ValueError: the folder holds a file of that name that is of something else, or another prediction writes to it.
         OSError: the folder can't be written to.
     """
 
@@ -118,14 +66,21 @@ class NpyFiles:
         if twice:
             raise ValueError(f"two leaves would be written to {twice[0]}{_SUFFIX}; give one another name.")
         self._folder.mkdir(parents=True, exist_ok=True)
-        old = self._read_journal()
-        if old is not None and old.made_for == made_for and self._is_as_it_says(old, leaves):
-            self._said = old
-        else:
-            self._clear(old, leaves)
-            self._said = _Journal(made_for, tuple(leaves))
         self._files: list[Any] = []
-        self._journal: Any = None
+        begun = not os.path.lexists(self._journal_path)
+        self._journal = self._open_journal()
+        try:
+            old = self._read_journal()
+            if old is not None and old.made_for == made_for and self._is_as_it_says(old, leaves):
+                self._said = old
+            else:
+                self._clear(old, leaves)
+                self._said = _Journal(made_for, tuple(leaves))
+        except BaseException:
+            if begun:
+                self._journal_path.unlink()
+            self._journal.close()
+            raise
         self.batches = self._said.batches
 
     @property
@@ -174,11 +129,9 @@ class NpyFiles:
                 file.write(leaf.header(self._said.rows))
                 file.flush()
                 os.fsync(file.fileno())
-            self.close()
             for leaf in self._said.leaves:
                 os.replace(self._growing(leaf), self._path(leaf))
                 sync_folder(self._path(leaf).parent)
-            self._open_journal()
             self._note({"complete": True})
             os.fsync(self._journal.fileno())
         self.close()
@@ -186,9 +139,9 @@ class NpyFiles:
 
     def close(self) -> None:
         """Closes the files; what was written stays."""
-        for file in [*self._files, *([] if self._journal is None else [self._journal])]:
+        for file in [*self._files, self._journal]:
             file.close()
-        self._files, self._journal = [], None
+        self._files = []
 
     # ----------------------------------------------------------------------------------------------------------
 
@@ -208,9 +161,9 @@ class NpyFiles:
         """Opens the files where the last whole batch ends."""
         if self._files:
             return
-        fresh = not self._said.size
-        self._open_journal()
-        if fresh:
+        self._journal.truncate(self._said.size)
+        self._journal.seek(0, os.SEEK_END)
+        if not self._said.size:
             # First of all the names: a file that the journal does not name is nobody's.
             self._note({"for": self._said.made_for, "leaves": [leaf.as_json() for leaf in self._said.leaves]})
             self._said.checksums = (0,) * len(self._said.leaves)
@@ -230,10 +183,23 @@ class NpyFiles:
             file.truncate(leaf.bytes(self._said.rows))
             file.seek(0, os.SEEK_END)
 
-    def _open_journal(self) -> None:
-        self._journal = os.fdopen(open_regular(self._journal_path, os.O_RDWR | os.O_CREAT), "r+b")
-        self._journal.truncate(self._said.size)
-        self._journal.seek(0, os.SEEK_END)
+    def _open_journal(self) -> Any:
+        """Returns the journal, which this process alone has until it is closed."""
+        file = os.fdopen(open_regular(self._journal_path, os.O_RDWR | os.O_CREAT), "r+b")
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(
+                f"another prediction is being written to {os.fspath(self._folder)!r}: give each a folder of its own."
+            ) from None
+        if not _BEGINS.startswith(file.read(len(_BEGINS))):
+            file.close()
+            raise ValueError(
+                f"{os.fspath(self._journal_path)!r} is there, and was not written by predict. Give out= another "
+                "folder, or move it away."
+            )
+        return file
 
     def _note(self, line: dict[str, Any]) -> None:
         content = json.dumps(line).encode() + b"\n"
@@ -281,17 +247,15 @@ class NpyFiles:
     def _read_journal(self) -> _Journal | None:
         """Returns what the journal says, None where there is none that can be read."""
         said = _Journal()
+        self._journal.seek(0)
         try:
-            with os.fdopen(open_regular(self._journal_path), "rb") as file:
-                for number, line in enumerate(file):
-                    if not line.endswith(b"\n"):
-                        break  # it was being written
-                    _take(said, json.loads(line), first=number == 0)
-                    said.size += len(line)
-        except FileNotFoundError:
-            return None
+            for number, line in enumerate(self._journal):
+                if not line.endswith(b"\n"):
+                    break  # it was being written
+                _take(said, json.loads(line), first=number == 0)
+                said.size += len(line)
         except (ValueError, TypeError, KeyError):
-            return said if said.leaves else None
+            pass
         return said if said.leaves else None
 
     def _is_as_it_says(self, said: _Journal, leaves: Sequence[Leaf]) -> bool:
@@ -327,18 +291,6 @@ class NpyFiles:
                 left -= len(content)
             return not left and found == checksum
 
-    def _check_journal_is_ours(self) -> None:
-        try:
-            with os.fdopen(open_regular(self._journal_path), "rb") as file:
-                begins = file.read(len(_BEGINS))
-        except FileNotFoundError:
-            return
-        if not _BEGINS.startswith(begins):
-            raise ValueError(
-                f"{os.fspath(self._journal_path)!r} is there, and was not written by predict. Give out= another "
-                "folder, or move it away."
-            )
-
     def _clear(self, old: _Journal | None, leaves: Sequence[Leaf]) -> None:
         """Removes what an earlier prediction wrote; refuses to replace anything else."""
         ours = set() if old is None else {leaf.name for leaf in old.leaves}
@@ -349,12 +301,11 @@ class NpyFiles:
                         f"{os.fspath(path)!r} is there, and was not written by predict: it would be replaced. Give "
                         "out= another folder, or move it away."
                     )
-        self._check_journal_is_ours()
         for leaf in () if old is None else old.leaves:
             for path in (self._path(leaf), self._growing(leaf), _wide(self._growing(leaf))):
                 check_regular(path, missing_ok=True)
                 remove(path)
-        remove(self._journal_path)
+        self._journal.truncate(0)
 
 
 def _wide(path: pathlib.Path) -> pathlib.Path:

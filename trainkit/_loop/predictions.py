@@ -22,7 +22,8 @@ from trainkit._core.typing import PyTree
 from trainkit._engine.engine import Engine
 from trainkit._feed.leaves import with_host
 from trainkit._loop.evaluate import Fetching, check_rows, open_pass, peek
-from trainkit._loop.npy_files import Leaf, NpyFiles
+from trainkit._loop.npy_files import NpyFiles
+from trainkit._loop.npy_leaf import Leaf
 from trainkit._step.checks import explained_errors
 from trainkit.data._source import Source
 
@@ -48,6 +49,10 @@ def predict_into(engine: Engine, state: TrainState, source: Source, folder: str 
         ),
         *(Leaf(name, leaf.dtype, leaf.shape[1:]) for name, leaf in beside.items()),
     ]
+    if not leaves:
+        raise ValueError(
+            "predict_step gives no array, so there is nothing to write: return outputs from loss, or override it."
+        )
     made_for = {
         "weights": _digest_of_state(state),
         "program": _digest_of_program(program),

@@ -8,11 +8,15 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import clu.metrics
 import jax
 
+from trainkit._core.layer import Layer
 from trainkit._core.state import TrainState
 from trainkit._core.typing import PyTree
 from trainkit._engine.engine import Engine
+from trainkit._engine.layers import layers_of
+from trainkit._engine.measuring import measuring
 from trainkit._loop.evaluate import evaluate, predict
 from trainkit._loop.predictions import predict_into
 from trainkit._loop.weights import weighted
@@ -37,8 +41,16 @@ class Questions:
     ) -> None:
         self._engine, self._state, self._timed = engine, state, timed
 
-    def evaluate(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        weights: str = "averaged",
+        limit: int | None = None,
+        metrics: type[clu.metrics.Collection] | None = None,
+    ) -> dict[str, Any]:
         """Returns the metrics over one pass; of several sources by name, `<name>/<metric>`."""
+        engine = self._engine if metrics is None else measuring(self._engine, metrics)
         units = self._engine.steps.units
         named = is_named(data) and not units
         found = eval_sources(data, units=units) if named else {"": self._source(data)}
@@ -46,9 +58,9 @@ class Questions:
         with self._timed("eval"):
             state, found = self.weighted(weights), {}
             for name, source in sources.items():
-                metrics = evaluate(self._engine, state, source)
-                assert metrics is not None  # nothing interrupts it here
-                found |= {f"{name}/{metric}" if name else metric: value for metric, value in metrics.items()}
+                values = evaluate(engine, state, source)
+                assert values is not None  # nothing interrupts it here
+                found |= {f"{name}/{metric}" if name else metric: value for metric, value in values.items()}
         return found
 
     def predict(
@@ -77,6 +89,11 @@ class Questions:
         """Returns what `fn(bound module, *args)` gives, on the devices."""
         with self._timed("eval"):
             return self._engine.applied(self.weighted(weights), fn, args, rng)
+
+    def layers(self) -> list[Layer]:
+        """Returns the modules of the model with shapes, parameters and operations."""
+        with self._timed("callbacks"):
+            return layers_of(self._engine, self._state())
 
     def _source(self, data: Any) -> Source:
         return as_source(data, units=self._engine.steps.units).in_order()

@@ -126,6 +126,7 @@ class Saving:
             data=self._request.source.facts(),
             place=place,
             came_to=standing.came_to,
+            frozen=self._engine.steps.constants.fingerprint(self._engine.strategy),
             **self._record.state(standing.step),
         )
         state = standing.state

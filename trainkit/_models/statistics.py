@@ -11,7 +11,9 @@ _COLLECTION = "batch_stats"
 
 
 class BatchStatistics:
-    """An interceptor under which `nn.BatchNorm` leaves the statistics of the batch, and `nn.Dropout` does nothing.
+    """An interceptor under which `nn.BatchNorm` leaves the statistics of the batch, and dropout does nothing.
+
+    Dropout is `nn.Dropout`, and that of attention in `nn.MultiHeadDotProductAttention`.
 
     A layer that is called several times in one call of the model leaves those of all its calls, pooled alike.
 
@@ -34,6 +36,9 @@ class BatchStatistics:
             return method(*args, **kwargs)
         if isinstance(module, nn.Dropout):
             return args[0] if args else kwargs["inputs"]
+        if isinstance(module, nn.MultiHeadDotProductAttention) and module.dropout_rate:
+            with _undecided(module):
+                return method(*args, **{**kwargs, "deterministic": True})
         # A lifted layer holds another of its class, which does the work for it.
         if (
             not isinstance(module, nn.BatchNorm)
@@ -67,6 +72,17 @@ class BatchStatistics:
         _, calls = self._calls.get(key, (None, 0))
         self._calls[key] = scope.root, calls + 1
         return calls + 1
+
+
+@contextmanager
+def _undecided(module: nn.MultiHeadDotProductAttention) -> Iterator[None]:
+    """Has a layer that was made with `deterministic` take it from the call: Flax refuses both."""
+    given = module.deterministic
+    object.__setattr__(module, "deterministic", None)  # a bound module is frozen
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "deterministic", given)
 
 
 def _takes_statistics(module: nn.BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -42,6 +42,7 @@ class Saved:
         place: where the source stood, None where the number of batches says it; see `Stream`.
         came_to: the step at which the fit was over, where it went back to this one at its end; logs and history hold
             what is up to there. Else None.
+        frozen: dtype, shape and a hash of each array of `Trainer(frozen=)`, by path.
     """
 
     step: int
@@ -62,6 +63,7 @@ class Saved:
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     place: Mapping[str, Any] | None = None
     came_to: int | None = None
+    frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def contents_of(

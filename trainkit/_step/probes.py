@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from trainkit._core.state import TrainState, with_raw_key, with_typed_key
 from trainkit._core.typing import Batch, PyTree
+from trainkit._step.given import Given
 from trainkit._step.parts import Updated
 from trainkit._step.steps import Steps
 from trainkit.hooks._passes import Captured, Piece, StepPasses
@@ -33,20 +34,30 @@ class ProbedSteps:
         return bool(self._probes)
 
     def train(
-        self, accumulator: Accumulator, impl: str, state: TrainState, packed: Any, batch: Batch, mask: Any
+        self,
+        accumulator: Accumulator,
+        impl: str,
+        given: Given,
+        state: TrainState,
+        packed: Any,
+        batch: Batch,
+        mask: Any,
     ) -> tuple[TrainState, Any, dict[str, Any]]:
         """As `Steps.train`, with the values of all probes by name beside what that returns."""
         steps = self._steps
         steps.traces.record("probed training", {"state": state, "batch": batch, "mask": mask})
         before = with_typed_key(state, impl)
-        new_state, merged, done = steps.advance(accumulator, before, packed, batch, mask)
-        return with_raw_key(new_state), merged, self._values(before, batch, mask, new_state, done)
+        new_state, merged, done = steps.advance(accumulator, given, before, packed, batch, mask)
+        with steps.constants.traced(given):
+            values = self._values(before, batch, mask, new_state, done)
+        return with_raw_key(new_state), merged, values
 
-    def look(self, state: TrainState, batch: Batch) -> dict[str, Any]:
+    def look(self, given: Given, state: TrainState, batch: Batch) -> dict[str, Any]:
         """Returns what the probes say of an update by one batch without padding, before hooks; for its shapes alone."""
-        done = self._steps.attempt_one(state, batch)
+        done = self._steps.attempt_one(given, state, batch)
         parts = (batch, None) if self._steps.accumulate == 1 else ((batch,), (None,))
-        return self._values(state, *parts, done.state, done)
+        with self._steps.constants.traced(given):
+            return self._values(state, *parts, done.state, done)
 
     def _values(
         self, before: TrainState, batch: Batch, mask: Any, new_state: TrainState, done: Updated

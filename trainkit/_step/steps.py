@@ -22,15 +22,18 @@ from trainkit._step.checks import (
     check_unused,
 )
 from trainkit._step.forward import Forward, UserFunctions
+from trainkit._step.given import Constants, Given
 from trainkit._step.guard import settle, unless_weightless
 from trainkit._step.losses import for_metrics, mean_share, of_all, quotient
 from trainkit._step.parts import Apply, Parts, Pass, Share, Updated
 from trainkit._step.statistics import MeasuringStep
 from trainkit._step.trace import TraceLog
+from trainkit._step.trained import split, with_still, with_zeros
 from trainkit.hooks._hook import StepHook, admitted, init_hooks, update_hooks
 from trainkit.hooks._loss_scale import NAME as LOSS_SCALE
 from trainkit.hooks._loss_scale import adjusted, all_finite, loss_scale_hook
 from trainkit.metrics._accumulator import Accumulator
+from trainkit.optim._staged import Staged
 from trainkit.parallel._strategy import Strategy
 
 
@@ -55,9 +58,11 @@ class Steps:
         precision: Precision,
         accumulate: int,
         remat: bool | Callable[..., bool],
+        constants: Constants,
     ) -> None:
         self._model, self._tx, self.strategy, self._user = model, tx, strategy, user
-        self.forward = Forward(model, strategy, user, remat)
+        self.forward = Forward(model, strategy, user, remat, constants)
+        self.constants = constants
         self._hooks = (loss_scale_hook(), *hooks) if precision.scaled else hooks
         self._precision, self.accumulate, self._remat = precision, accumulate, remat
         self._default_is_used = user.train_step is None
@@ -65,16 +70,18 @@ class Steps:
 
     # Initialisation -------------------------------------------------------------------------------------------
 
-    def init(self, rng: jax.Array, batch: Batch) -> TrainState:
+    def init(self, given: Given, rng: jax.Array, batch: Batch) -> TrainState:
         """Returns the state at step 0 from `rng` and the shapes of `batch`; to be compiled as one program."""
-        return self._init(rng, batch)
+        return self._init(given, rng, batch)
 
     @functools.cached_property
     def _init(self) -> Any:
-        def init(rng: jax.Array, batch: Batch) -> TrainState:
+        def init(given: Given, rng: jax.Array, batch: Batch) -> TrainState:
             init_rng, step_rng = jax.random.split(rng)
             init_variables = self._user.init_variables or self.init_variables
-            return self.state_of(init_variables(init_rng, batch), step_rng)
+            with self.constants.traced(given):
+                variables = init_variables(init_rng, batch)
+            return self.state_of(variables, step_rng)
 
         return _traced_once(init)
 
@@ -101,6 +108,7 @@ class Steps:
         self,
         accumulator: Accumulator,
         impl: str,
+        given: Given,
         state: TrainState,
         packed: Any,
         batch: Batch,
@@ -111,6 +119,7 @@ class Steps:
         Args:
             accumulator: of the training metrics.
             impl: of the key in `state`.
+            given: beside state and batch.
             state: donated; its key is raw, see `with_raw_key`.
             packed: what `accumulator` carries.
             batch: leaves `[batch, ...]`; a tuple of batches where gradients are accumulated.
@@ -120,19 +129,28 @@ class Steps:
             The next state and the next `packed`.
         """
         self.traces.record("training", {"state": state, "batch": batch, "mask": mask})
-        new_state, merged, _ = self.advance(accumulator, with_typed_key(state, impl), packed, batch, mask)
+        new_state, merged, _ = self.advance(
+            accumulator, given, with_typed_key(state, impl), packed, batch, mask
+        )
         return with_raw_key(new_state), merged
 
     def advance(
         self,
         accumulator: Accumulator,
+        given: Given,
         state: TrainState,
         packed: Any,
         batch: Batch,
         mask: jax.Array | None,
     ) -> tuple[TrainState, Any, Updated]:
         """As `train`, with typed keys, and with the update before hooks looked at it."""
-        done = self._attempt(state, batch, mask)
+        with self.constants.traced(given):
+            return self._advanced(accumulator, given, state, packed, batch, mask)
+
+    def _advanced(
+        self, accumulator: Accumulator, given: Given, state: TrainState, packed: Any, batch: Batch, mask: Any
+    ) -> tuple[TrainState, Any, Updated]:
+        done = self._attempt(given, state, batch, mask)
         values = done.told(state)
         new_state, merged = update_hooks(self._hooks, values), packed
         for outputs in done.outputs:
@@ -147,18 +165,21 @@ class Steps:
             new_state = settle(self._hooks, keep, values, new_state, again, one_device=one_device)
         return new_state, merged, done
 
-    def attempt(self, state: TrainState, batch: Batch, mask: jax.Array | None) -> Updated:
+    def attempt(self, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None) -> Updated:
         """One optimizer update, of `batch` and `mask` as `train` takes them, before the hooks are told."""
-        return self._step(state, self.parts(batch, mask))
+        with self.constants.traced(given):
+            return self._step(state, self.parts(batch, mask))
 
     def parts(self, batch: Batch, mask: Any) -> Parts:
         """Returns the batches of a step with their masks, of `batch` and `mask` as `train` takes them."""
         return ((batch, mask),) if self.accumulate == 1 else tuple(zip(batch, mask or (), strict=True))
 
-    def attempt_one(self, state: TrainState, batch: Batch) -> Updated:
+    def attempt_one(self, given: Given, state: TrainState, batch: Batch) -> Updated:
         """One optimizer update of one batch, all of whose rows are real, also where a step takes several."""
-        alone = self.accumulate == 1
-        return self._attempt(state, batch, None) if alone else self._step(state, ((batch, None),))
+        if self.accumulate == 1:
+            return self._attempt(given, state, batch, None)
+        with self.constants.traced(given):
+            return self._step(state, ((batch, None),))
 
     @functools.cached_property
     def _attempt(self) -> Any:
@@ -172,7 +193,7 @@ class Steps:
             batch: shapes and dtypes, leaves `[batch, ...]`.
         """
         parts = (batch, None) if self.accumulate == 1 else ((batch,), (None,))
-        return self._attempt.trace(state, *parts)
+        return self._attempt.trace(self.constants.spec(), state, *parts)
 
     def default_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """What `Trainer.train_step` does unless it is overridden: every row of `batch` is real."""
@@ -258,9 +279,16 @@ class Steps:
             shares = [of_all(weight, total, share) for weight, share in zip(weights, shares, strict=True)]
         summed = functools.reduce(functools.partial(jax.tree.map, jnp.add), shares)
         loss, grads = self.strategy.sum(summed)
+        moving = self._moving(state.params)
+
+        def whole(grads: PyTree) -> PyTree:
+            return with_zeros(grads, state.params, moving)
+
         several = self.accumulate > 1
-        kept = [Share(one.weight, grads) for one, (_, grads) in zip(passes, shares, strict=True) if several]
-        return loss, total, self.unscaled(state, grads), kept
+        kept = [
+            Share(one.weight, whole(grads)) for one, (_, grads) in zip(passes, shares, strict=True) if several
+        ]
+        return loss, total, whole(self.unscaled(state, grads)), kept
 
     def unscaled(self, state: TrainState, grads: PyTree) -> PyTree:
         """Returns gradients without the loss scale."""
@@ -271,11 +299,17 @@ class Steps:
 
     def _apply(self, state: TrainState, grads: PyTree, model_state: dict[str, Any]) -> TrainState:
         new_state = state.apply_gradients(grads=grads, model_state=model_state)
+        params = with_still(new_state.params, state.params, self._moving(state.params))
+        new_state = new_state.replace(params=params)
         if not self._precision.scaled:
             return new_state
         finite, memory = all_finite(grads), state.hooks[LOSS_SCALE]
         new_state = select(finite, new_state, state.replace(step=new_state.step))
         return new_state.replace(hooks={**state.hooks, LOSS_SCALE: adjusted(memory, finite)})
+
+    def _moving(self, params: PyTree) -> list[bool] | None:
+        """Returns for each leaf of the parameters whether the step that is being traced trains it; None for all."""
+        return self._tx.moving(params) if isinstance(self._tx, Staged) else None
 
     def _again(self, done: Updated) -> Apply | None:
         """Returns the update that was done as a function of the state before it; None where only the user can."""
@@ -298,8 +332,10 @@ class Steps:
         scales = {name: model_state[name] for name in (OVERWRITTEN,) if name in model_state}
         check_scales(scales, one_example=self.forward.sees_one_example)
 
-        def objective(params: PyTree, scales: dict[str, Any]) -> tuple[jax.Array, tuple[Any, ...]]:
-            variables = {**model_state, **scales, "params": params}
+        trained, joined = split(state.params, self._moving(state.params))
+
+        def objective(trained: PyTree, scales: dict[str, Any]) -> tuple[jax.Array, tuple[Any, ...]]:
+            variables = {**model_state, **scales, "params": joined(trained)}
             losses, outputs, updated = self.forward.losses(
                 variables, batch, mask, state.step, rng, train=True
             )
@@ -310,7 +346,7 @@ class Steps:
             return loss if scale is None else loss * scale, (loss, weight, losses, outputs, updated)
 
         gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)
-        (grads, replaced), (loss, weight, losses, outputs, updated) = gradient(state.params, scales)
+        (grads, replaced), (loss, weight, losses, outputs, updated) = gradient(trained, scales)
         return Pass(loss, weight, losses, outputs, updated, grads, replaced)
 
     def _examples(self, parts: Parts) -> jax.Array | None:
@@ -321,20 +357,22 @@ class Steps:
         return jnp.maximum(self.strategy.sum(jnp.stack(counts).sum()), 1)
 
     def row_losses(
-        self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> dict[str, jax.Array]:
         """Returns the losses that a training step computes, and their weights where they have any, all `[batch]`.
 
         Args:
             impl: of the key in `state`.
+            given: beside state and batch.
             state: its key is raw.
             batch: leaves `[batch, ...]`.
             mask: `bool[batch]`.
         """
         state = with_typed_key(state, impl)
-        losses, _, _ = self.forward.losses(
-            state.variables, batch, mask, state.step, _step_key(state), train=True
-        )
+        with self.constants.traced(given):
+            losses, _, _ = self.forward.losses(
+                state.variables, batch, mask, state.step, _step_key(state), train=True
+            )
         told = for_metrics(losses, {}, mask, self.forward.rows(batch))
         return {name: told[name] for name in ("loss", "weight") if name in told}
 
@@ -347,6 +385,7 @@ class Steps:
         self,
         accumulator: Accumulator,
         impl: str,
+        given: Given,
         state: TrainState,
         carry: Any,
         batch: Batch,
@@ -359,7 +398,7 @@ class Steps:
         """
         self.traces.record("evaluation", {"state": state, "batch": batch, "mask": mask})
         packed, counted = carry
-        _, outputs = self.eval_outputs(with_typed_key(state, impl), batch, mask)
+        _, outputs = self.eval_outputs(given, with_typed_key(state, impl), batch, mask)
         packed = self._merge_metrics(accumulator, packed, outputs)
         counted = counted + self.strategy.sum(self.forward.real(batch, mask).sum(dtype=jnp.int32))
         return (packed, counted), accumulator.collect(**outputs)
@@ -376,37 +415,51 @@ class Steps:
         )
         return losses, for_metrics(losses, outputs, mask, self.forward.rows(batch))
 
-    def predict(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
+    def predict(
+        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> PyTree:
         """Outputs of `predict_step` for one batch, leaves `[batch, ...]`."""
         self.traces.record("prediction", {"state": state, "batch": batch, "mask": mask})
-        return self.prediction(impl, state, batch, mask)
+        return self.prediction(impl, given, state, batch, mask)
 
-    def prediction(self, impl: str, state: TrainState, batch: Batch, mask: jax.Array | None) -> PyTree:
+    def prediction(
+        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> PyTree:
         """As `predict`, for a program of its own: it takes no part in the report of what compiles again."""
         state = with_typed_key(state, impl)
-        return self.forward.predictions(state.variables, batch, mask, state.step, _step_key(state))
+        with self.constants.traced(given):
+            return self.forward.predictions(state.variables, batch, mask, state.step, _step_key(state))
 
     def applied(
         self,
         impl: str,
         fn: Callable[..., Any],
+        given: Given,
         state: TrainState,
         args: tuple[Any, ...],
         rng: jax.Array | None,
     ) -> PyTree:
         """Returns `fn(bound module, *args)`, not training; what it changes is dropped. `rng` is the step's if None."""
         state = with_typed_key(state, impl)
-        return self.forward.applied(fn, state.variables, args, _step_key(state) if rng is None else rng)
+        key = _step_key(state) if rng is None else rng
+        with self.constants.traced(given):
+            return self.forward.applied(fn, state.variables, args, state.step, key)
 
     @functools.cached_property
     def statistics(self) -> MeasuringStep:
         """The step that measures the batch statistics of one batch."""
-        return MeasuringStep(self._model, self.strategy, self._user)
+        return MeasuringStep(self._model, self.strategy, self._user, self.constants)
 
     def eval_outputs(
-        self, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> tuple[bool, dict[str, Any]]:
         """Returns whether the loss comes one per example, and one batch's outputs for the metrics."""
+        with self.constants.traced(given):
+            return self._eval_outputs(state, batch, mask)
+
+    def _eval_outputs(
+        self, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> tuple[bool, dict[str, Any]]:
         if self._user.eval_step is None:
             losses, outputs = self._eval_forward(state, batch, mask)
             return _per_example(losses), outputs

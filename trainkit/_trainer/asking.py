@@ -4,7 +4,8 @@ Owns no state: that is the run's.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, final
 
 import jax
@@ -14,6 +15,7 @@ from trainkit._core.state import TrainState
 from trainkit._core.typing import Batch, PyTree
 from trainkit._loop.questions import Questions
 from trainkit._loop.run import Run
+from trainkit._step.given import Constants
 from trainkit._trainer.overridable import Overridable
 
 _NO_STATE = "there is no state yet: call trainer.init(batch) or trainer.fit(...) first."
@@ -23,6 +25,35 @@ class Asking(Overridable):
     """The questions of a trainer."""
 
     _run: Run
+    _constants: Constants
+    _hparams: Mapping[str, Any]
+
+    @final
+    @property
+    def frozen(self) -> Mapping[str, PyTree]:
+        """The arrays of `Trainer(frozen=)`, by name; in a `train_step` or `eval_step` of your own those of the step.
+
+        Set it to go on with other arrays of the same structure, shapes and dtypes; nothing compiles again.
+
+        Raises:
+            RuntimeError: it is set while `fit` runs.
+            TypeError: it is set to no mapping of names to trees of arrays.
+            ValueError: the structure, a shape or a dtype is another than before; names the path.
+        """
+        return MappingProxyType(dict(self._constants.now().frozen))
+
+    @frozen.setter
+    def frozen(self, frozen: Mapping[str, PyTree]) -> None:
+        self._run.refuse_in_fit(
+            "frozen = ...", "return tk.Stop(reason) from the hook, and set it after the fit"
+        )
+        self._constants.replace(frozen)
+
+    @final
+    @property
+    def hparams(self) -> Mapping[str, Any]:
+        """The values of `Trainer(hparams=)` as they were given; the numbers among them are `ctx.hparams`."""
+        return self._hparams
 
     @final
     @property
@@ -127,7 +158,8 @@ class Asking(Overridable):
         It runs in the scope of the bound module as `loss` does, but not training: what it changes is dropped.
 
         Args:
-            fn: e.g. `lambda model, z: model.decode(z)`; define it once, not anew for each call.
+            fn: e.g. `lambda model, z: model.decode(z)`; define it once, not anew for each call. One with a parameter
+                named `ctx` is given the `StepContext` by that name.
             *args: trees of arrays and numbers.
             weights: as for `evaluate`.
             rng: a key or an int, of all streams of the module; by default that of the step.

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 from trainkit._core.cadence import Cadence, Every
 from trainkit._core.state import TrainState
+from trainkit._core.typing import Batch
 from trainkit.callbacks._info import Info
 from trainkit.hooks._hook import StepHook
 from trainkit.hooks._probe import StepProbe
 from trainkit.hooks._view import View
+from trainkit.optim._stages import Stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,16 @@ class Callback:
     def on_fit_start(self, info: Info) -> Action:
         """Called once when a fit begins, with the state it begins from."""
 
+    def on_batch(self, batch: Batch) -> None:
+        """Called with each training batch that was handed to a step, as the source gave it: to count what is in it.
+
+        It costs a call for each batch, where batches lie on the device their reading on the host too; a class that does
+        not override it costs nothing. Several processes all see the whole batch.
+
+        Args:
+            batch: leaves `[rows, ...]` on the host, without padding; neither to be kept nor changed.
+        """
+
     def on_epoch_start(self, info: Info) -> Action:
         """Called before the first step of each pass over the training source."""
 
@@ -165,6 +177,9 @@ class Callback:
 
         With several, `weights="averaged"` is that of the callback given first.
         """
+
+    def stages(self) -> Stages | None:
+        """Returns from which step on groups of parameters are trained, None to have no say; of one trainer one has."""
         return None
 
     def implements(self, hook: str) -> bool:

@@ -20,7 +20,7 @@ class SWA(Callback):
     the mean once there is one, before that the live weights, which are never swapped.
 
     Batch statistics are those of the live weights, unless `refresh` says from which data they are to be estimated for
-    the mean: one pass in training mode without `nn.Dropout`, after which each `nn.BatchNorm` has the mean and the
+    the mean: one pass in training mode without dropout, after which each `nn.BatchNorm` has the mean and the
     variance over all examples, those of its batches pooled by their numbers of examples. That is done before an
     evaluation that reads the mean, where the mean has changed, and when the fit ends; it takes as long as a pass of
     evaluation over `refresh`. Other layers with batch statistics keep the live ones.
