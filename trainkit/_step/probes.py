@@ -142,8 +142,9 @@ class Passes(StepPasses):
         ((batch, mask),) = self._parts
         if not self._done.per_example or self._steps.forward.rows(batch) is None:
             raise ValueError(
-                f"{asker} compares gradients of two batch sizes, and this loss is a scalar for the whole batch, which "
-                "can't be divided. Return one loss per example, shape [batch], or use Trainer(accumulate=2) or more."
+                f"{asker} compares gradients of two batch sizes, and this loss is a scalar for the whole batch, or the "
+                "batch one unit, which can't be divided. Return one loss per example, shape [batch], or use "
+                "Trainer(accumulate=2) or more."
             )
         real = self._steps.forward.real(batch, mask)
         count = self.sum(real.sum())
