@@ -8,6 +8,7 @@ import trainkit as tk
 REGISTRY = {
     "EMA": lambda: tk.callbacks.EMA(0.9),
     "EarlyStopping": lambda: tk.callbacks.EarlyStopping("eval/loss", mode="min", patience=50),
+    "Finetune": lambda: tk.callbacks.Finetune({"Dense_0/kernel": tk.At(steps=(4,))}),
     "Lambda": lambda: tk.callbacks.Lambda(on_step=lambda info: None),
     "LearningRate": lambda: tk.callbacks.LearningRate(schedule=lambda count: 0.1 / (1 + count)),
     "LogMetrics": lambda: tk.callbacks.LogMetrics(every=tk.Every(steps=3)),
