@@ -151,7 +151,7 @@ class Callback:
         """Returns the pure pair to trace into the compiled training step, None for none."""
         return None
 
-    def stages(self) -> Stages | None:
+    def _stages(self) -> Stages | None:
         """Returns from which step on groups of parameters are trained, None to have no say; of one trainer one has."""
         return None
 
