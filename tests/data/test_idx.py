@@ -3,6 +3,7 @@
 import gzip
 import pathlib
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -44,10 +45,24 @@ ARRAY = np.arange(12, dtype=np.int16).reshape(3, 4)
         (encode(ARRAY)[:-1], r"truncated: int16\[3, 4\] needs 24 bytes after the header and there are 23"),
         (encode(ARRAY) + b"\0", r"too long: int16\[3, 4\] needs 24 .* there are 25"),
         (b"\0\0\x08\x04" + b"\xff" * 16, "truncated: uint8"),
+        (gzip.compress(encode(ARRAY) + b"\0", mtime=0), r"too long: int16\[3, 4\] needs 24 .* there are 25"),
+        (gzip.compress(b"\0\0\x08\x04" + b"\xff" * 16, mtime=0), "truncated: uint8"),
         (gzip.compress(encode(ARRAY), mtime=0)[:-9], "truncated or damaged gzip"),
         (gzip.compress(encode(ARRAY), mtime=0)[:20] + b"\xff" * 20, "truncated or damaged gzip"),
     ],
-    ids=["empty", "png", "dtype", "header", "short", "long", "huge", "gzip_short", "gzip_damaged"],
+    ids=[
+        "empty",
+        "png",
+        "dtype",
+        "header",
+        "short",
+        "long",
+        "huge",
+        "gzip_long",
+        "gzip_huge",
+        "gzip_short",
+        "gzip_damaged",
+    ],
 )
 def test_damaged_files_are_refused(tmp_path, content, message):
     path = tmp_path / "file"
@@ -55,6 +70,16 @@ def test_damaged_files_are_refused(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as raised:
         read_idx(path)
     assert str(path) in str(raised.value)
+
+
+def test_a_small_file_does_not_unpack_to_a_large_one(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(gzip.compress(encode(ARRAY) + bytes(100_000_000), 1))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="too long"):
+        read_idx(path)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
 
 
 @pytest.mark.skipif(not (MNIST / "t10k-labels-idx1-ubyte.gz").exists(), reason="MNIST is not at hand")

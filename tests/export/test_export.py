@@ -272,7 +272,7 @@ class Linear:
 
     def _exportable(self, weights):
         self.asked.append(weights)
-        scale = {"ema": 2.0, "live": 3.0}[weights]
+        scale = {"averaged": 2.0, "live": 3.0}[weights]
         return lambda arrays, batch: {"y": batch["x"] * arrays["scale"]}, {"scale": np.float32(scale)}
 
 
@@ -280,7 +280,7 @@ def test_an_object_that_exports_itself(tmp_path):
     source, x = Linear(), images(3)
     export.save(tmp_path / "ema.tk", source, {"x": x})
     export.save(tmp_path / "live.tk", source, {"x": x}, weights="live")
-    assert source.asked == ["ema", "live"]
+    assert source.asked == ["averaged", "live"]
     assert_outputs([export.load(tmp_path / "ema.tk")({"x": images(7)})["y"]], [2 * images(7)])
     assert_outputs([export.load(tmp_path / "live.tk")({"x": images(7)})["y"]], [3 * images(7)])
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.faults.kill import ROOT
-from tests.faults.small import check_whole, fit, make, steps
+from tests.faults.small import Raises, check_whole, fit, make, steps
 from trainkit.callbacks import Callback, Lambda
 
 LIMIT = 1_000_000
@@ -82,7 +82,26 @@ def test_a_disk_that_fills_up(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def resume_on_a_full_disk(disk):
+    """Fails unless a resume that can't take back log lines names the file, changes nothing, and works later."""
+    logdir = disk / "full"
+    with pytest.raises(RuntimeError, match="broken in on_step"):
+        fit(make(logdir, Raises("on_step", 9)))
+    with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    before = {path: path.read_bytes() for path in logdir.rglob("*") if path.is_file()}
+    with pytest.raises(OSError, match=r"No space left on device: .*(metrics\.jsonl|tfevents)"):
+        fit(make(logdir))
+    after = {path: path.read_bytes() for path in logdir.rglob("*") if path.is_file()}
+    lock = logdir / ".trainkit.lock"  # says who has the folder, where there is room to
+    assert before | {lock: b""} == after | {lock: b""}
+    (disk / "filler").unlink()
+    check_whole(logdir, fit(make(logdir)))
+
+
 if __name__ == "__main__":
+    resume_on_a_full_disk(pathlib.Path(sys.argv[1]))
     for kind in ("text", "array"):
         fail_to_save(pathlib.Path(sys.argv[1]) / kind, kind)
         # The disk is as small as it was: what the failed save left there is no more in the way.

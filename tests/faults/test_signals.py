@@ -15,9 +15,10 @@ import pytest
 import trainkit.checkpoint._orbax
 from tests.faults.kill import ROOT, campaign
 from tests.faults.small import STEPS, check_whole, fit, make, steps
-from tests.helpers.weight import Weight, WeightTrainer, numbers
+from tests.helpers.weight import Weight, WeightTrainer, numbers, trainer
 from trainkit._loop import interrupts
-from trainkit.callbacks import Callback, Lambda
+from trainkit.callbacks import Callback, Checkpoint, Lambda
+from trainkit.writers import NullWriter
 
 
 def send(name, times):
@@ -165,10 +166,10 @@ def test_a_signal_between_two_batches_of_an_evaluation(tmp_path, handlers):
 def test_ctrl_c_while_a_checkpoint_is_written_in_the_background(tmp_path, handlers, monkeypatch, times, step):
     listed = trainkit.checkpoint._orbax.write_manifest
 
-    def write_manifest(folder):
+    def write_manifest(folder, **options):
         if folder.name.startswith(f"{step}."):
             send("SIGINT", times)
-        listed(folder)
+        listed(folder, **options)
 
     monkeypatch.setattr(trainkit.checkpoint._orbax, "write_manifest", write_manifest)
     if times == 2:
@@ -248,6 +249,38 @@ def test_one_ctrl_c_ends_a_search_over_trainers_with_everything_saved(tmp_path):
     assert (steps(tmp_path / "0")[-1], steps(tmp_path / "1")[-1]) == (STEPS, 7)
     for trial in ("0", "1"):
         check_whole(tmp_path / trial, fit(make(tmp_path / trial, Lambda())))
+
+
+class SendsAtTheVeryEnd(NullWriter):
+    """Sends Ctrl-C when it is flushed for the last time, as writers are after everything else."""
+
+    armed = False
+
+    def flush(self):
+        if self.armed:
+            send("SIGINT", 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"dry_run": 2}])
+def test_ctrl_c_while_writers_close_ends_a_search_too(tmp_path, handlers, options):
+    writer = SendsAtTheVeryEnd()
+    arm = Lambda(close=lambda: setattr(writer, "armed", True))
+    if options:  # of a dry run writers get nothing
+        arm = Lambda(close=lambda: send("SIGINT", 1))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fit(make(tmp_path, arm, writers=[writer], interrupt="raise", **options))
+    assert caught.value.result.stopped_by == "SIGINT"
+    assert caught.value.result.step == options.get("dry_run", STEPS)
+
+
+def test_ctrl_c_while_a_finished_run_is_looked_up_is_not_swallowed(tmp_path, handlers):
+    first = trainer(Checkpoint(), logdir=tmp_path)
+    for _ in range(2):
+        first.fit(numbers(1, 2), epochs=1, resume=True)
+    again = trainer(Checkpoint(), logdir=tmp_path, writers=[writer := SendsAtTheVeryEnd()])
+    writer.armed = True
+    result = again.fit(numbers(1, 2), epochs=1, resume=True)  # the first of two, which is done
+    assert (result.step, result.stopped_by) == (4, "SIGINT")
 
 
 @pytest.mark.parametrize("fits", [1, 3])

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from tests.faults.kill import ROOT, environment
-from tests.faults.two import EPOCHS, EVALUATED, PER_EPOCH, STOPPED
+from tests.faults.two import EPOCHS, EVALUATED, PER_EPOCH, SIGNALLED, STOPPED
 from tests.helpers.runs import scalars_of
 
 
@@ -44,6 +44,7 @@ def test_a_signal_to_one_of_two_processes_is_acted_on_by_both(tmp_path):
     end = PER_EPOCH * EPOCHS
     for name, ended, saved in (
         ("between steps", [STOPPED, 6, "SIGTERM"], [50, STOPPED]),
+        ("between slow steps", [SIGNALLED + 1, 6, "SIGTERM"], [50, SIGNALLED + 1]),
         ("in an evaluation", [EVALUATED, 3, "SIGTERM"], [25, EVALUATED]),
         ("too late", [end, EPOCHS, "SIGHUP"], [50, end]),
         ("saved", [end, EPOCHS, None], [STOPPED, end]),

@@ -6,18 +6,20 @@ import optax
 import pytest
 
 import trainkit as tk
+from tests.callbacks.registry import REGISTRY
 from tests.helpers.runs import Script, assert_equal, scalars_of, sigterm_at, steps_in
 from tests.helpers.weight import Weight, WeightTrainer, numbers, trainer, weight
 from trainkit.callbacks import (
     EMA,
+    SWA,
     Callback,
     Checkpoint,
     EarlyStopping,
+    EvalView,
     Lambda,
     LearningRate,
     LogMetrics,
     NanGuard,
-    Progress,
     ReduceOnPlateau,
 )
 from trainkit.checkpoint._store import Store
@@ -31,16 +33,21 @@ def made(*callbacks, **options):
     return WeightTrainer(Weight(), tx, callbacks=callbacks, **options)
 
 
+MEASURED = ("memory/", "throughput/", "time/")
+"""What the names in the logs begin with whose values no two runs have in common."""
+
 SHIPPED = {
+    **{name: lambda folder, make=make: make() for name, make in REGISTRY.items()},
     "Checkpoint": lambda folder: Checkpoint(EACH, best=("eval/loss", "min"), folder=folder),
     "EMA": lambda folder: EMA(0.5),
     "EarlyStopping": lambda folder: EarlyStopping("eval/loss", mode="min", patience=1, restore_best=True),
+    "EvalView": lambda folder: EvalView(lambda state: state),
     "Lambda": lambda folder: Lambda(on_step=lambda info: None),
     "LearningRate": lambda folder: LearningRate(EACH),
     "LogMetrics": lambda folder: LogMetrics(EACH),
     "NanGuard": lambda folder: NanGuard("skip", EACH),
-    "Progress": lambda folder: Progress(),
     "ReduceOnPlateau": lambda folder: ReduceOnPlateau("eval/loss", mode="min", patience=1),
+    "SWA": lambda folder: SWA(2),
 }
 
 
@@ -65,7 +72,10 @@ def folds(callbacks, script, options):
         one.state = start
         one._run.history.rewind(-1)
         result = one.fit(DATA, steps=3, eval_data=script.data, eval_every=EACH)
-        results.append((result.step, result.stopped_by, weight(result.state), dict(result.history)))
+        history = {
+            name: [] if name.startswith(MEASURED) else series for name, series in result.history.items()
+        }
+        results.append((result.step, result.stopped_by, weight(result.state), history))
     return results
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import optax
 import pytest
 
@@ -25,7 +26,7 @@ SAVED = Saved(
     choice="scanned 4",
     callbacks={"EMA": {"count": 3}},
     metrics={"spec": []},
-    history={},
+    history={"train/loss": {"steps": np.array([3]), "values": np.array([0.5])}},
     written=("train/loss",),
     place={"epoch": (1, 2)},
 )
@@ -55,6 +56,12 @@ def test_a_value_of_another_kind_is_refused_by_name(load, tmp_path, name):
     for wrong in (1.5, [1], {"__trainkit__": "bytes", "data": ""}, {"__trainkit__": "nothing"}):
         with pytest.raises(ValueError, match=rf"checkpoint of step 3 in {tmp_path} is not as it was saved"):
             load(**{name: wrong})
+
+
+@pytest.mark.parametrize("series", [3, {}, {"steps": [3], "values": [0.5]}, [3, 0.5]])
+def test_a_history_that_is_none_is_refused(load, series):
+    with pytest.raises(ValueError, match="the history of 'train/loss' is no series"):
+        load(history={"train/loss": series})
 
 
 def test_true_is_no_number_and_one_is_not_true(load):

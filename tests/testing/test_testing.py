@@ -109,20 +109,6 @@ def test_broken_strategies(broken, message):
 
 # Callbacks --------------------------------------------------------------------------------------------------
 
-CALLBACKS = {
-    "EMA": lambda: tk.callbacks.EMA(0.9),
-    "EarlyStopping": lambda: tk.callbacks.EarlyStopping("eval/loss", mode="min", patience=2),
-    "LearningRate": lambda: tk.callbacks.LearningRate(),
-    "LogMetrics": lambda: tk.callbacks.LogMetrics(every=tk.Every(steps=2)),
-    "ReduceOnPlateau": lambda: tk.callbacks.ReduceOnPlateau("eval/loss", mode="min", factor=0.5, patience=1),
-    "Lambda": lambda: tk.callbacks.Lambda(on_step=lambda info: None),
-}
-
-
-@pytest.mark.parametrize("name", CALLBACKS)
-def test_our_callbacks(name):
-    check_callback(CALLBACKS[name])
-
 
 class Counter(tk.callbacks.Callback):
     def __init__(self):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 
 from trainkit._calls.choice import SINGLE, Choice, Remembered, cache_folder
-from trainkit._calls.programs import Make, Programs, form_of, make_of
+from trainkit._calls.programs import Make, Programs, form_of, make_of, spec_of_call
 from trainkit._calls.tuner import Tuner, is_candidate
 from trainkit._core.typing import PyTree
 from trainkit._feed.feed import Fed
@@ -53,6 +53,8 @@ class Calls:
         self._tuners: dict[tuple[Any, ...], Tuner] = {}
         self._tuner: Tuner | None = None
         self._make: Make | None = None
+        self._example: Any = None
+        self._flops: float | None = None
 
     @property
     def choice(self) -> Choice | None:
@@ -99,6 +101,8 @@ class Calls:
 
     def open(self, raw: Any, packed: Any, first: Fed) -> None:
         """Begins a pass over the data, whose first batch is `first`: most batches are expected to be of its make."""
+        if self._example is None and make_of(first) is not None:
+            self._example = spec_of_call(raw, packed, self._held, first)
         if self._alone:
             return
         self._make = make_of(first)
@@ -115,6 +119,17 @@ class Calls:
             self._settle(known)
             known.expect(self._remaining)
         known.resume()
+
+    def flops(self) -> float | None:
+        """Returns the floating point operations of one step on all devices, None where they can't be known.
+
+        They are XLA's count for the program as it is handed over, of which nothing is compiled for it.
+        """
+        if self._flops is None and self._example is not None and isinstance(self._single, jax.stages.Wrapped):
+            cost: Any = self._single.trace(*self._example).lower().cost_analysis()
+            replicas = 1 if self._strategy.replica_axis is None else self._strategy.shards
+            self._flops = float((cost or {}).get("flops", 0.0)) * replicas
+        return self._flops or None
 
     def room(self, left: float) -> int:
         """Returns how many steps the next call takes when `left` steps may run before the host has anything to do."""
@@ -137,6 +152,11 @@ class Calls:
         if tuner is not None and tuner.choice is None:
             tuner.ran(len(feds), packed)
         return raw, packed
+
+    def probed(self, run: Callable[..., Any], raw: Any, packed: Any, fed: Fed) -> tuple[Any, Any, Any]:
+        """Runs one step by a program that returns something beside what all do; it takes no part in any measurement."""
+        self.pause()
+        return run(raw, packed, self._held, fed.batch, fed.mask)
 
     def pause(self) -> None:
         """Tells that the host does something else than dispatching steps."""

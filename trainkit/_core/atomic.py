@@ -4,6 +4,8 @@ import os
 import pathlib
 import uuid
 
+from trainkit._core.files import naming
+
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes `content` to `path` such that a reader sees the old file or the new one, also after a crash.
@@ -24,7 +26,7 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         # "x" and not a `tempfile`: the file gets the permissions of any other file the process writes.
-        with open(temporary, "xb") as file:
+        with naming(path), open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -4,12 +4,14 @@ A run's folder may be copied, sent around and written to by others: what lies in
 ours.
 """
 
+import contextlib
 import errno
 import os
 import pathlib
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -35,6 +37,17 @@ class NotRegular(OSError):
 
     def __str__(self) -> str:
         return f"{self.filename!r} {self.strerror}."
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Gives an error of the system that names no file (a full disk) the name of the one that was written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def open_regular(
@@ -111,7 +124,7 @@ def part(path: pathlib.Path) -> None:
     """Gives a file a content of its own, so that other names of the file keep what they have."""
     handle, name = tempfile.mkstemp(prefix=".part-", dir=path.parent)
     try:
-        with open(open_regular(path), "rb") as old, os.fdopen(handle, "wb") as new:
+        with naming(path), open(open_regular(path), "rb") as old, os.fdopen(handle, "wb") as new:
             shutil.copyfileobj(old, new)
         shutil.copystat(path, name)
         os.replace(name, path)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import clu.metrics
@@ -24,19 +24,23 @@ from trainkit._engine.padding import PaddingCheck
 from trainkit._engine.prepared import Prepared
 from trainkit._engine.supplied import Supplied
 from trainkit._engine.updates import check_updated
+from trainkit._engine.views import Views
 from trainkit._feed.feed import Feed, SharedFeed, UnitFeed, no_rows
 from trainkit._feed.leaves import Parted, Warned, parted, wide_leaves
 from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
 from trainkit._feed.stream import Stream
 from trainkit._step.checks import explained_errors
 from trainkit._step.given import Given
-from trainkit._step.inspection import Traits, inspect_eval, inspect_train
+from trainkit._step.inspection import Traits, inspect_eval, inspect_probed, inspect_train
+from trainkit._step.probes import ProbedSteps
+from trainkit._step.statistics import Measured
 from trainkit._step.steps import Steps
 from trainkit.data._arrays import Arrays
 from trainkit.data._batch import GlobalBatch, batch_size_of, check_batch, spec_of, unpad
 from trainkit.data._source import Source
-from trainkit.hooks._ema import find_ema, view
 from trainkit.hooks._loss_scale import SkippedUpdates
+from trainkit.hooks._probe import StepProbe
+from trainkit.hooks._view import View
 from trainkit.metrics._accumulator import Accumulator
 from trainkit.optim._stages import Stages
 from trainkit.parallel._strategy import Role, Strategy
@@ -61,15 +65,20 @@ class Engine:
         collection: type[clu.metrics.Collection],
         *,
         scaled: bool,
+        views: Sequence[View] = (),
         settings: CallSettings = ONE_BY_ONE,
         stages: Stages | None = None,
+        probes: tuple[StepProbe, ...] = (),
     ) -> None:
         self.steps, self.strategy, self.stages = steps, strategy, stages
+        self.views, self._probed = Views(views, strategy), ProbedSteps(steps, probes)
         self._collections = {"training": _with_loss_scale(collection) if scaled else collection}
         self._collections["evaluation"] = collection
         self._prepared: dict[tuple[Any, ...], tuple[Callable[..., Any], Accumulator, PyTree, Calls]] = {}
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._applied = KeptByFunction()
+        self.train_spec: Any = None  # shapes and dtypes of the last training batch that was looked at
+        self.others: dict[type[clu.metrics.Collection], Engine] = {}  # that evaluate by other metrics
         self._announced: set[str] = set()
         self._settings = settings
         self._last_calls: Calls | None = None
@@ -227,6 +236,7 @@ class Engine:
             least_rows: to how many rows batches are padded at least, where padding is exact.
         """
         first, rows = self._first_spec(first, "training")
+        self.train_spec = first
         self._prove(state, first)
         traits = self._inspect("training", inspect_train, state, first)
         exact, why = traits.per_example and not state.batch_stats, "the model keeps batch statistics"
@@ -239,16 +249,24 @@ class Engine:
             what="training",
             why=why,
         )
-        compiled = functools.partial(
-            self.strategy.compile,
+        step = functools.partial(_from_held, self.steps.train)
+        prepared = self._prepare("training", step, self._compiled_train, state, traits, feed)
+        self._last_calls = prepared.calls
+        if self._probed:
+            self._inspect("probed training", functools.partial(inspect_probed, self._probed), state, first)
+            pure = functools.partial(_from_held, self._probed.train, prepared.accumulator, key_impl(state))
+            program = self._kept(("probed", prepared.step), lambda: self._compiled_train(pure, Role.WHOLE))
+            prepared = prepared._replace(probed=program)
+        return prepared
+
+    def _compiled_train(self, step: Callable[..., Any], *more: Role) -> Callable[..., Any]:
+        return self.strategy.compile(
+            step,
             inputs=(Role.STATE, Role.WHOLE, Role.WHOLE, self._rows, self._rows),
-            outputs=(Role.STATE, Role.WHOLE),
+            outputs=(Role.STATE, Role.WHOLE, *more),
             # Where JAX looks at every result, it raises after the arguments are gone: the state is to be left whole.
             donate=() if _debugs_numbers() else (0,),
         )
-        prepared = self._prepare("training", self._train, compiled, state, traits, feed)
-        self._last_calls = prepared.calls
-        return prepared
 
     def prepare_eval(self, state: TrainState, source: Source, first: Batch | GlobalBatch) -> Prepared:
         """Returns the evaluation step for `source`, as `prepare_train`."""
@@ -317,6 +335,19 @@ class Engine:
         feed = self._feed(rows=rows, may_be_partial=True, exact=True, what="prediction")
         return self._predict(key_impl(state)), feed
 
+    def prepare_statistics(
+        self, state: TrainState, source: Source, first: Batch | GlobalBatch
+    ) -> tuple[Callable[..., Measured], Feed]:
+        """Returns the step that measures batch statistics and the feed for `source`; no batch is padded."""
+        first, rows = self._first_spec(first, "statistics")
+        self._prove(state, first)
+        options = {"rows": rows, "may_be_partial": source.may_be_partial, "exact": False}
+        feed = self._feed(**options, what="statistics", why="the model keeps batch statistics")
+        roles = {"inputs": (Role.WHOLE, Role.STATE, self._rows, self._rows), "outputs": Role.WHOLE}
+        impl = key_impl(state)
+        step = functools.partial(self.steps.statistics, impl)
+        return self._kept(("statistics", impl), lambda: self._supplied(step, **roles)), feed
+
     def applied(
         self, state: TrainState, fn: Callable[..., Any], args: tuple[Any, ...], rng: jax.Array | int | None
     ) -> PyTree:
@@ -347,14 +378,6 @@ class Engine:
         """Returns a pure function of `(arrays, batch)` that predicts on one device, and the arrays it takes."""
         return predicting(self.steps, self.given(), state, self.strategy.replica_axis)
 
-    def averaged(self, state: TrainState) -> TrainState:
-        """Returns `state` with the averaged weights in place where a callback keeps an average, else `state`."""
-        memory = find_ema(state)
-        if memory is None:
-            return state
-        params, stats = self._read_average(with_raw_key(state.replace(opt_state=(), hooks={})), memory)
-        return state.replace(params=params, batch_stats=stats)
-
     def training_metrics(self) -> Accumulator:
         """Returns an accumulator of the training metrics, which no step has specified yet."""
         return Accumulator(self._collections["training"])
@@ -362,12 +385,6 @@ class Engine:
     def describe_calls(self) -> str:
         """Returns in a few words how training steps are put into calls and what they are given."""
         return "open until the first fit" if self._last_calls is None else self._last_calls.describe()
-
-    def _train(
-        self, accumulator: Accumulator, impl: str, raw: Any, packed: Any, held: Any, handed: Any, mask: Any
-    ) -> tuple[Any, Any]:
-        given, data = held
-        return self.steps.train(accumulator, impl, given, raw, packed, pick(data, handed), mask)
 
     @property
     def _rows(self) -> Role:
@@ -393,14 +410,6 @@ class Engine:
         roles = {"inputs": (Role.WHOLE, Role.STATE, self._rows, self._rows), "outputs": self._rows}
         step = functools.partial(self.steps.predict, impl)
         return self._kept(("predict", impl), lambda: self._supplied(step, **roles))
-
-    @functools.cached_property
-    def _read_average(self) -> Callable[..., Any]:
-        def read(state: TrainState, memory: Any) -> tuple[PyTree, PyTree]:
-            averaged = view(state, memory)
-            return averaged.params, averaged.batch_stats
-
-        return self.strategy.compile(read, inputs=(Role.STATE, Role.STATE), outputs=(Role.STATE, Role.STATE))
 
     def _inspect(self, kind: str, inspect: Callable[..., Traits], state: TrainState, batch: Batch) -> Traits:
         # A look at the step traces it; every evaluation of a fit asks for one.
@@ -432,6 +441,20 @@ class Engine:
             self._prepared[key] = run, accumulator, self.strategy.replicate(accumulator.empty()), calls
         run, accumulator, empty, calls = self._prepared[key]
         return Prepared(run, accumulator, empty, feed, calls)
+
+
+def _from_held(
+    train: Callable[..., Any],
+    accumulator: Accumulator,
+    impl: str,
+    raw: Any,
+    packed: Any,
+    held: Any,
+    handed: Any,
+    mask: Any,
+) -> Any:
+    given, data = held
+    return train(accumulator, impl, given, raw, packed, pick(data, handed), mask)
 
 
 def _debugs_numbers() -> bool:

@@ -32,8 +32,7 @@ from trainkit._resume.saved import Saved
 from trainkit._step.given import check_frozen_same
 from trainkit.data._base import Source
 from trainkit.data._batch import GlobalBatch
-from trainkit.writers._open import open_writers
-from trainkit.writers._writer import MetricWriter
+from trainkit.writers._open import FitWriter, open_writers
 
 
 def fit(engine: Engine, run: Run, request: Request) -> FitResult:
@@ -56,17 +55,20 @@ def fit(engine: Engine, run: Run, request: Request) -> FitResult:
         open_writers(request.logdir, request.writers, run.history) as writer,
         kept_on_disk(request.keep_compiled, processes=engine.strategy.processes),
     ):
-        return _fit(engine, run, request, writer, interrupts, ongoing)
+        result = _fit(engine, run, request, writer, interrupts, ongoing)
+    # A signal that came when there was nothing left to break off is not swallowed.
+    return dataclasses.replace(result, stopped_by=result.stopped_by or interrupts.received)
 
 
 def _fit(
     engine: Engine,
     run: Run,
     request: Request,
-    writer: MetricWriter,
+    writer: FitWriter,
     interrupts: Interrupts,
     ongoing: Ongoing,
 ) -> FitResult:
+    fresh = not (run.has_folder or run.behind)
     found = run.find(request.stores, writer)
     saved = None if found is None else found[1]
     first, batches = peek(engine, request.source, run)
@@ -103,6 +105,8 @@ def _fit(
     run.begin(saved)
     ongoing.standing = loop.standing
     try:
+        if fresh and saved is None and writer.logs is not None and request.card is not None:
+            writer.logs.write_texts(loop.standing.step, {"run": request.card()})
         return loop.run()
     finally:
         run.state, run.shown = loop.standing.state, True

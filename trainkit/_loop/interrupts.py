@@ -14,8 +14,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 _LOG = logging.getLogger("trainkit")
-_ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SAVES = signal.SIGUSR1
+# Ctrl-C is put back last: where it raises at once, all others have been.
+_ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 # What programs give a meaning of their own: where one has, it keeps it.
 _FREE = (signal.SIGHUP, signal.SIGUSR1)
 
@@ -49,7 +50,7 @@ class Interrupts:
             _warn_of_thread()
             yield
             return
-        before = {one: signal.signal(one, self._note) for one in (*_ENDS, _SAVES) if _is_ours(one)}
+        before = {one: signal.signal(one, self._note) for one in (_SAVES, *_ENDS) if _is_ours(one)}
         try:
             yield
         finally:

@@ -7,7 +7,7 @@ evaluation; then the checkpoint says what is owed, and the fit that goes on with
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,30 +20,32 @@ from trainkit._core.state import TrainState
 from trainkit._core.typing import Batch, PyTree
 from trainkit._debug.failures import Failures
 from trainkit._engine.engine import Engine
-from trainkit._feed.feed import Fed
 from trainkit._feed.intake import Intake, RowIntake, intake_of
 from trainkit._feed.stream import Stream
+from trainkit._loop.costs import Costs, show_batches
 from trainkit._loop.dispatch import Dispatcher, before_checkpoints, checkpoints, guards
 from trainkit._loop.evaluate import evaluate
 from trainkit._loop.interrupts import Interrupts
+from trainkit._loop.meetings import EVERY, Meetings
+from trainkit._loop.probing import Probing
 from trainkit._loop.record import Record
 from trainkit._loop.request import LAST_STEP, Request, refuse_overflow
 from trainkit._loop.result import FitResult, summarized
 from trainkit._loop.saving import Saving
 from trainkit._loop.standing import standing_of
+from trainkit._loop.stepping import stepping
 from trainkit._loop.stopwatch import Stopwatch
 from trainkit._loop.timetable import Chore, Timetable
 from trainkit._loop.told import Told
 from trainkit._loop.train_metrics import NO_METRICS, TrainMetrics, read_only
+from trainkit._loop.weights import Weights
 from trainkit._resume.saved import Saved
-from trainkit.data._batch import batch_size_of, check_batch, spec_of
+from trainkit.data._batch import batch_size_of, spec_of
 from trainkit.writers._writer import MetricWriter
 
 _LOG = logging.getLogger("trainkit")
 # Carried float32 sums and int32 counts are handed to the host at least this often, and merged there in float64.
 _SEGMENT = Every(steps=512)
-# Steps, or batches of an evaluation, after which several processes agree on the time and on signals, at a round trip.
-_MEETING = 32
 
 
 class Loop:
@@ -77,13 +79,12 @@ class Loop:
         # Where data are held their rows are numbered from here on.
         begun = position.epoch - (1 if position.batch else 0)
         batches = self._supply.batches(begun, position.batch) if self._supply.holds else batches
-        self._intake, self._opened = self._intake_of(batches), True
         self._begin_calls(resumed)
         self._metrics = TrainMetrics(self._prepared.accumulator, self._prepared.empty, self._wait_for)
         self._record = Record(request.callbacks, writer, history, self._metrics)
         self._epoch_reader = self._metrics.reader("epoch")
-        self._started, self._agreed_seconds = self._clock(), 0.0
-        self._together = engine.strategy.processes > 1
+        self._started, self._together = self._clock(), engine.strategy.processes > 1
+        self._meetings = Meetings(interrupts, self._since, self.standing.step, together=self._together)
         self._told = Told(
             engine,
             request,
@@ -91,13 +92,20 @@ class Loop:
             self._metrics,
             self._prepared.accumulator,
             self._record,
-            lambda: self._clock() - self._started,
+            self._seconds,
             watch,
+            Costs(watch, self.standing, self._prepared.calls.flops),
+            lambda callback: self._probing.values_for(callback),
         )
         self._dispatch = Dispatcher(request.callbacks, self._told.info, self._told.act)
+        self._probing = Probing(self._dispatch.implementing("on_step"), self.standing, request.accumulate)
+        looking = self._dispatch.implementing("on_batch")
+        self._show = show_batches(looking, self._supply, request.accumulate, watch)
+        self._intake, self._opened = self._intake_of(batches), True
         self._saving = Saving(
             engine, request, self.standing, self._metrics, self._record, self._prepared.calls
         )
+        self._weights = Weights(engine, self.standing, self._breaking_off, watch.on)
         self._goes_on = self._pass_begun = self._pass_told = False
         self._failures = Failures(engine, request.source, request.accumulate, request.logdir)
         if resumed is not None:
@@ -150,15 +158,14 @@ class Loop:
             raise errors[0]
         step = int(standing.raw.step)  # waits for it
         if self._together:
-            self._meet()
+            self._meetings.meet(step)
         seconds, timing = self._watch.read()
         return FitResult(
             state=standing.state,
             step=step,
             epoch=standing.position.epoch,
             seconds=seconds,
-            # A signal that came after the last step was not acted upon, and is not to be swallowed.
-            stopped_by=standing.stopped_by or self._interrupts.received,
+            stopped_by=standing.stopped_by,
             history=self._history,
             timing=timing,
             metrics=summarized(self._history, self._told.direction),
@@ -169,6 +176,7 @@ class Loop:
         self._told.going_back = "ignored" if self._interrupted else "allowed"
         with self._watch.on("callbacks"):
             self._dispatch.call("on_fit_end")
+        self._weights.settle()  # of the state that it went back to, for one
         if self.standing.came_to != came_before:
             with self._watch.on("save"):
                 self._saving.stand_back()
@@ -186,15 +194,16 @@ class Loop:
         if ahead:
             chores.append(Chore(Every(steps=ahead), lambda: jax.block_until_ready(self._metrics.packed)))
         if self._together:
-            chores.append(Chore(Every(steps=_MEETING), self._meet))
+            chores.append(Chore(Every(steps=EVERY), lambda: self._meetings.meet(self.standing.step)))
         return chores
 
-    def _meet(self) -> None:
-        self._agreed_seconds = self._interrupts.agree(self._clock() - self._started)
+    def _since(self) -> float:
+        """Returns the seconds since the fit began."""
+        return self._clock() - self._started
 
     def _seconds(self) -> float:
         """Returns the seconds since the fit began, the same on every process."""
-        return self._agreed_seconds if self._together else self._clock() - self._started
+        return self._meetings.seconds if self._together else self._since()
 
     def _finished(self) -> bool:
         standing = self.standing
@@ -223,7 +232,8 @@ class Loop:
         try:
             intake = self._open_pass()
             if not goes_on:
-                self._dispatch.call("on_epoch_start")
+                with self._watch.on("callbacks"):
+                    self._dispatch.call("on_epoch_start")
                 self._epoch_reader.take()
             if self.standing.stopped_by is None:
                 self._run_pass(intake)
@@ -251,40 +261,43 @@ class Loop:
         return self._intake
 
     def _intake_of(self, batches: Iterator[Any]) -> Intake | RowIntake:
-        return intake_of(batches, self._prepared.feed, self._request.accumulate)
+        group, keeps = self._request.accumulate, self._show is not None
+        return intake_of(batches, self._prepared.feed, group, keeps=keeps)
 
     def _run_pass(self, intake: Intake | RowIntake) -> None:
-        calls, metrics, watch = self._prepared.calls, self._metrics, self._watch
-        standing, clock, interrupts = self.standing, self._watch.clock, self._interrupts
+        calls, metrics, watch = self._probing.calls(self._prepared), self._metrics, self._watch
+        standing, clock, interrupts, show = self.standing, self._watch.clock, self._interrupts, self._show
         position = standing.position
         more = self._begin_pass(intake)
-        due, alarm = self._due(), self._alarm()
+        run, take, look = stepping(calls, intake, standing)
+        due, alarm, meeting = self._due(), self._alarm(), self._meetings.next_step
         watch.turn("step")
         # Two looks at the clock a call are all that the steps pay for knowing how long they waited for data.
         waited, asked = 0.0, clock()
         while more:
-            feds = intake.take(calls.room(due - standing.step), calls.takes)
+            feds = take(calls.room(due - standing.step), calls.takes)
             waited += clock() - asked
             try:
-                standing.raw, metrics.packed = calls(standing.raw, metrics.packed, feds)
+                standing.raw, metrics.packed = run(standing.raw, metrics.packed, feds)
             except Exception as error:
-                self._note_failure(error, feds)
+                self._failures.note(standing.step + 1, feds, error, self._supply)
                 raise
+            if show is not None:
+                show(intake.taken)
             asked = clock()
-            standing.step += len(feds)
-            position.batch += sum([fed.batches for fed in feds])
+            standing.count(feds)
             self._pass_begun = True
             if standing.step >= due:
                 intake.mark(position.batch)
             # Looking one batch ahead tells whether this was the last step of the pass, and overlaps the step.
             try:
-                more = intake.more()
+                more = look()
             except Exception:
                 if standing.step >= due:
                     self._at_step(pass_done=False)  # the step was done, and what is due after it is told
                 raise
             rung = alarm < NEVER and clock() >= alarm
-            if standing.step >= due or not more or rung or interrupts.asked:
+            if standing.step >= due or not more or rung or standing.step >= meeting or interrupts.asked:
                 if not more:
                     position.batch = 0
                 calls.pause()
@@ -294,11 +307,12 @@ class Loop:
                 watch.turn("step")
                 if self._finished():
                     break
-                due, alarm = self._due(), self._alarm()
+                run, take, look = stepping(calls, intake, standing)
+                due, alarm, meeting = self._due(), self._alarm(), self._meetings.next_step
                 waited, asked = 0.0, clock()
                 if more:
                     if self._hold():
-                        calls.open(standing.raw, metrics.packed, intake.first())
+                        self._prepared.calls.open(standing.raw, metrics.packed, intake.first())
                     calls.resume()
         watch.turn("other")
 
@@ -326,17 +340,11 @@ class Loop:
             self._engine.held(self._data, self.standing.step)
         )
 
-    def _note_failure(self, error: Exception, feds: Sequence[Fed]) -> None:
-        read = [fed._replace(batch=self._supply.read(fed.batch)) for fed in feds]
-        self._failures.note(self.standing.step + 1, read, error)
-        if isinstance(error, TypeError):
-            for fed in read:  # names the leaf that no step can take, where that was the reason
-                check_batch(fed.batch)
-
     def _due(self) -> float:
         """Returns the next step at which the host has anything to do."""
         end = NEVER if self.standing.plan.steps is None else self.standing.plan.steps
-        return min(self._steppers.next_step, self._evaluations.next_step, self._chores.next_step, end)
+        timetables = self._steppers, self._evaluations, self._chores, self._probing
+        return min(end, *[one.next_step for one in timetables])
 
     def _alarm(self) -> float:
         """Returns the next time on the clock at which the host has anything to do."""
@@ -348,12 +356,15 @@ class Loop:
         epoch = self.standing.position.epoch if pass_done else None
         for chore in self._chores.take_due(self.standing.step, epoch, 0.0):
             chore.run()
+        if self.standing.step >= self._meetings.next_step:
+            self._meetings.meet(self.standing.step)
         self._stop_if_interrupted()
         now = self._seconds()
         steppers = self._steppers.take_due(self.standing.step, epoch, now)
         evaluations = self._evaluations.take_due(self.standing.step, epoch, now)
         if self._request.dry and self._over():  # everything is tried once, however far it is off
             steppers, evaluations = self._steppers.things, self._evaluations.things
+        steppers = self._probing.told(steppers)
         if self._together and steppers:
             # Here on all processes, in case a callback looks at its metrics on one of them only.
             self._metrics.cut()
@@ -404,20 +415,26 @@ class Loop:
 
     def _evaluated(self) -> dict[str, Any] | None:
         """Returns the metrics of every evaluation source, None where a signal came in between."""
-        state = self._engine.averaged(self.standing.state)
-        metrics: dict[str, Any] = {}
+        state, metrics = self._weights.evaluated(), dict[str, Any]()
+        if state is None:
+            return None
         for name, source in self._request.evaluations.items():
-            values = evaluate(self._engine, state, source, self._asked_in_evaluation, self._wait_for)
+            values = evaluate(self._engine, state, source, self._breaking_off(), self._wait_for)
             if values is None:
                 return None
             metrics |= {f"{name}/{metric}": value for metric, value in values.items()}
         return metrics
 
-    def _asked_in_evaluation(self, batches: int) -> bool:
-        """Says whether a signal breaks the evaluation off after that many batches; processes meet there too."""
-        if self._together and batches and batches % _MEETING == 0:
-            self._meet()
-        return self._interrupted
+    def _breaking_off(self) -> Callable[[int], bool]:
+        """Returns what says whether a signal breaks an evaluation off, given its batches done; processes meet there."""
+        look = self._meetings.during_evaluation() if self._together else None
+
+        def asked(batches: int) -> bool:
+            if look is not None:
+                look(batches)
+            return self._interrupted
+
+        return asked
 
     def _wait_for(self, tree: PyTree) -> None:
         """Waits for arrays of the training steps, where something is to wait for them anyway."""
@@ -429,6 +446,8 @@ class Loop:
     def _save(self, *, everyone: bool = False) -> None:
         asked = self._interrupts.take_save()
         keepers = self._saving.due(everyone=everyone or asked or self._finished())
+        if self._finished():
+            self._weights.settle()  # the last checkpoint is to hold them
         if asked and not keepers:
             self._saving.say_there_is_none()
         if keepers:

@@ -11,8 +11,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from trainkit._resume.saved import problems
+from trainkit.checkpoint._reading import FOLDER, META
 from trainkit.checkpoint._retention import Best
-from trainkit.checkpoint._store import FOLDER, META, Store
+from trainkit.checkpoint._store import Store
 
 _LOG = logging.getLogger("trainkit")
 _NONE = -1

@@ -4,7 +4,7 @@ import dataclasses
 import time
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from trainkit._core.state import TrainState
 from trainkit._resume.restore import arrays_of, is_plain, keys_of
 from trainkit._version import __version__
 from trainkit.checkpoint._encoding import decode, encode
-from trainkit.checkpoint._store import META, Contents, Store, are_arrays
+from trainkit.checkpoint._reading import META, WEIGHTS_ONLY, are_arrays
+from trainkit.checkpoint._store import Contents, Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +66,23 @@ class Saved:
     frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def contents_of(state: TrainState, saved: Saved, labels: Mapping[str, Any]) -> Contents:
+def contents_of(
+    state: TrainState, saved: Saved, labels: Mapping[str, Any], only: Container[str] | None = None
+) -> Contents:
     """Returns what is written to a checkpoint.
 
     Args:
         state: the train state.
         saved: the rest of the run.
         labels: JSON for lists of checkpoints: `scores`, `best` and the user's `metadata`.
+        only: path names of the arrays of a checkpoint of weights alone; None for all, and the run.
     """
     arrays, spec = arrays_of(state)
+    if only is not None:
+        arrays = {name: array for name, array in arrays.items() if name in only}
+        spec = {name: one for name, one in spec.items() if name in only}
+        saved = dataclasses.replace(saved, callbacks={}, metrics={}, history={}, place=None)
+        labels = {**labels, WEIGHTS_ONLY: True}
     extra: dict[str, jax.Array | np.ndarray] = {}
     host = {
         field.name: encode(getattr(saved, field.name), extra, field.name)
@@ -117,6 +126,11 @@ def problems(store: Store, step: int) -> list[str]:
     return []
 
 
+def is_weights_only(store: Store, step: int) -> bool:
+    """Says whether a checkpoint holds weights alone, and no run."""
+    return bool(store.meta(step).get(WEIGHTS_ONLY))
+
+
 def load_saved(store: Store, step: int) -> Saved:
     """Returns what a checkpoint holds apart from the train state.
 
@@ -145,7 +159,20 @@ def _saved(host: Any, extra: Mapping[str, np.ndarray]) -> Saved:
     for name, hint in typing.get_type_hints(Saved).items():
         if name in values and not _is_a(hint, values[name]):
             raise ValueError(f"{name} is of type {type(values[name]).__name__}")
+    for name, series in values["history"].items():
+        if not _is_series(series):
+            raise ValueError(f"the history of {name!r:.40} is no series")
     return Saved(**values)
+
+
+def _is_series(value: Any) -> bool:
+    """Says whether a value has the steps and values of one name in a history."""
+    if not isinstance(value, dict):
+        return False
+    steps, values = value.get("steps"), value.get("values")
+    if not (isinstance(steps, np.ndarray) and isinstance(values, np.ndarray)):
+        return False
+    return steps.ndim == 1 and steps.shape == values.shape and steps.dtype.kind == "i"
 
 
 def _is_a(hint: Any, value: Any) -> bool:

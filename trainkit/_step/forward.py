@@ -110,6 +110,22 @@ class Forward:
         mapped = self._strategy.map_forward(forward)
         return mapped(variables, batch, self.real(batch, mask), step, rng)[0]
 
+    def captured(
+        self,
+        variables: Variables,
+        batch: Batch,
+        mask: jax.Array | None,
+        step: jax.Array | int,
+        rng: jax.Array,
+    ) -> dict[str, Any]:
+        """Returns what each module returned in a training pass, leaves `[rows, ...]`; see `Model.captured`."""
+
+        def forward(variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array) -> Any:
+            ctx = StepContext(train=True, step=step, rng=rng, mask=mask, params=variables["params"])
+            return self._model.captured(self._checked_loss, variables, rng, batch, ctx), {}, {}
+
+        return self._strategy.map_forward(forward)(variables, batch, self.real(batch, mask), step, rng)[0]
+
     def rows(self, batch: Batch) -> int | None:
         """Returns the leading dimension of `batch`; None where it is one unit."""
         if self._user.units:

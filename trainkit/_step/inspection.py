@@ -11,9 +11,11 @@ import jax.numpy as jnp
 
 from trainkit._core.jaxprs import is_light
 from trainkit._core.state import TrainState
+from trainkit._core.tree import describe, named_leaves
 from trainkit._core.typing import Batch, PyTree
 from trainkit._step.checks import check_carried, explained_errors
 from trainkit._step.given import Given
+from trainkit._step.probes import ProbedSteps
 from trainkit._step.steps import Steps
 from trainkit.parallel._strategy import Role, Strategy
 
@@ -73,6 +75,32 @@ def inspect_eval(steps: Steps, strategy: Strategy, given: Given, state: TrainSta
 
     jaxpr = _abstractly(run, strategy, given, state, batch, 1 if steps.units else strategy.shards)[0]
     return found["traits"]._replace(light=is_light(jaxpr))
+
+
+def evaluation_of(steps: Steps, strategy: Strategy, given: Given, state: TrainState, batch: Batch) -> Any:
+    """Returns what an evaluation of one batch computes, as a jaxpr."""
+
+    def run(given: Given, state: TrainState, batch: Batch) -> Any:
+        steps.eval_outputs(given, state, batch, None)
+        return state.step
+
+    return _abstractly(run, strategy, given, state, batch, 1 if steps.units else strategy.shards)[0]
+
+
+def inspect_probed(
+    probed: ProbedSteps, steps: Steps, strategy: Strategy, given: Given, state: TrainState, batch: Batch
+) -> Traits:
+    """Runs the probes abstractly, so that what one refuses is said before the first step and not where it is due."""
+
+    def run(given: Given, state: TrainState, batch: Batch) -> Any:
+        values = probed.look(given, state, batch)
+        for name, leaf in named_leaves(values):
+            if not hasattr(leaf, "shape") and not isinstance(leaf, (int, float)):
+                raise TypeError(f"the probe {name} returned {describe(leaf)}; it must return arrays.")
+        return state.step
+
+    _abstractly(run, strategy, given, state, batch, 1 if steps.units else strategy.shards)
+    return Traits(per_example=False, outputs={})
 
 
 def _abstractly(

@@ -3,9 +3,10 @@
 Owns no state: that is the run's.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, final
+from typing import Any, final
 
 import jax
 
@@ -91,7 +92,7 @@ class Asking(Overridable):
         self,
         data: Any,
         *,
-        weights: Literal["averaged", "ema", "live"] = "averaged",
+        weights: str = "averaged",
         limit: int | None = None,
     ) -> dict[str, Any]:
         """Returns the metrics over one pass of `data`, exact: each example counted once.
@@ -100,8 +101,8 @@ class Asking(Overridable):
 
         Args:
             data: as for `fit`; or a mapping of names to sources, which gives `<name>/<metric>`.
-            weights: "averaged" (or "ema") for the averaged weights where a callback keeps an average, "live" for
-                the current ones.
+            weights: "averaged" (or "ema") for those of the first view that a callback gives (`EMA`, `SWA`, `EvalView`),
+                where there is one; "live" for the current ones; or the name of a view.
             limit: int >= 1, batches at most; None for all.
 
         Returns:
@@ -109,6 +110,7 @@ class Asking(Overridable):
 
         Raises:
             RuntimeError: there is no state yet, or `fit` runs in another thread.
+            ValueError: no view has the name `weights`; the message lists those there are.
         """
         return self._asked("evaluate").evaluate(data, weights=weights, limit=limit)
 
@@ -117,27 +119,38 @@ class Asking(Overridable):
         self,
         data: Any,
         *,
-        weights: Literal["averaged", "ema", "live"] = "averaged",
+        weights: str = "averaged",
         limit: int | None = None,
+        out: str | os.PathLike[str] | None = None,
     ) -> PyTree:
         """Returns what `predict_step` gives for each example of `data`, in order, as NumPy arrays.
+
+        With `out` they may be larger than memory: each leaf is written to a `.npy` file named by its path
+        (`output.npy` where there is one array) as the batches come, and returned as a memory map that can't be written
+        to. Broken off and called again with the same folder, it goes on after the last batch that is whole there, and
+        what is complete is not computed again; predictions of other weights, another program or other data in the
+        folder are replaced. A file has its name when all rows are in it.
 
         Args:
             data: as for `fit`.
             weights: as for `evaluate`.
             limit: as for `evaluate`.
+            out: folder for the predictions, made where it is missing; None keeps them in memory.
 
         Raises:
             RuntimeError: as for `evaluate`.
+            ValueError: as for `evaluate`; or `out` holds files of the same names that `predict` did not write, there
+                are several processes, or a batch is one unit.
+            TypeError: with `out`, a leaf that stays on the host holds objects other than strings.
         """
-        return self._asked("predict").predict(data, weights=weights, limit=limit)
+        return self._asked("predict").predict(data, weights=weights, limit=limit, out=out)
 
     @final
     def apply(
         self,
         fn: Callable[..., Any],
         *args: Any,
-        weights: Literal["averaged", "ema", "live"] = "averaged",
+        weights: str = "averaged",
         rng: jax.Array | int | None = None,
     ) -> PyTree:
         """Returns what `fn(model, *args)` gives, on the devices; compiled once, and kept by `fn`.
@@ -158,9 +171,7 @@ class Asking(Overridable):
         return self._asked("apply").apply(fn, *args, weights=weights, rng=rng)
 
     @final
-    def _exportable(
-        self, weights: Literal["averaged", "ema", "live"]
-    ) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:
+    def _exportable(self, weights: str) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:
         """What `tk.export` takes: a pure function of `(arrays, batch)` that predicts, and its arrays."""
         return self._engine.prediction(self._asked("state").weighted(weights))
 

@@ -1,16 +1,14 @@
 """The table of parameters that `Trainer.summary` returns. Owns no state."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from clu import parameter_overview
-from jax.sharding import NamedSharding
 
+from trainkit._core.held import bytes_of, bytes_per_device, sharding_of
 from trainkit._core.state import TrainState
 from trainkit._core.tree import path_name
 from trainkit._core.typing import PyTree
@@ -73,38 +71,20 @@ def _row(name: str, leaf: Any, group: str) -> _Row:
         shape=leaf.shape,
         dtype=str(leaf.dtype),
         size=leaf.size,
-        bytes=_bytes(leaf),
+        bytes=bytes_of(leaf),
         group=group,
-        sharding=_sharding(leaf),
-        bytes_per_device=_bytes_per_device(leaf),
+        sharding=sharding_of(leaf),
+        bytes_per_device=bytes_per_device(leaf),
     )
 
 
 def _total(name: str, tree: PyTree, several: bool) -> str:
     leaves = jax.tree.leaves(tree)
-    line = f"{name:<20} {sum(leaf.size for leaf in leaves):>14,} values {sum(map(_bytes, leaves)):>16,} bytes"
-    return f"{line} {sum(map(_bytes_per_device, leaves)):>16,} per device" if several else line
+    line = (
+        f"{name:<20} {sum(leaf.size for leaf in leaves):>14,} values {sum(map(bytes_of, leaves)):>16,} bytes"
+    )
+    return f"{line} {sum(map(bytes_per_device, leaves)):>16,} per device" if several else line
 
 
 def _devices(leaf: Any) -> set[Any]:
     return leaf.sharding.device_set if isinstance(leaf, jax.Array) else set()
-
-
-def _bytes(leaf: Any) -> int:
-    return leaf.size * leaf.dtype.itemsize
-
-
-def _bytes_per_device(leaf: Any) -> int:
-    if not isinstance(leaf, jax.Array):
-        return _bytes(leaf)
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
-def _sharding(leaf: Any) -> str:
-    """Returns the axis of each dimension, e.g. `None, fsdp`."""
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_replicated:
-        return "whole"
-    if not isinstance(leaf.sharding, NamedSharding):
-        return str(leaf.sharding)
-    spec = (*leaf.sharding.spec, *(None,) * np.ndim(leaf))[: np.ndim(leaf)]
-    return ", ".join(map(str, spec))

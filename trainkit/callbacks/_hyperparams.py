@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from trainkit._core.tree import describe, path_name
@@ -46,6 +47,28 @@ def labels_of(opt_state: PyTree, name: str) -> list[str]:
     short = ["/".join(_labels(path)) for path in paths]
     distinct = len(set(short)) == len(short) and all(short)
     return short if distinct else [path_name(path) for path in paths]
+
+
+def numbers_of(opt_state: PyTree) -> dict[str, Any]:
+    """Returns the hyperparameters that are single numbers, by name, or `name/<label>` of several.
+
+    Those that a schedule computes are left out: what they are at one step says little.
+    """
+    found: dict[str, Any] = {}
+    nodes = [node for _, node in _find(opt_state)]
+    for name in dict.fromkeys(name for node in nodes for name in node.hyperparams):
+        having = [node for node in nodes if name in node.hyperparams]
+        for label, node in zip(labels_of(opt_state, name), having, strict=True):
+            value = node.hyperparams[name]
+            if name not in getattr(node, "hyperparams_states", {}) and jnp.ndim(value) == 0:
+                found[f"{name}/{label}" if label else name] = as_shown(np.asarray(value))
+    return found
+
+
+def as_shown(array: np.ndarray) -> Any:
+    """Returns an array of one element as Python's number, a float with no more digits than its dtype has."""
+    item = array.reshape(()).item()
+    return float(str(array.reshape(())[()])) if isinstance(item, float) else item
 
 
 def check_changeable(owner: str, opt_state: PyTree, name: str, group: str | None = None) -> None:

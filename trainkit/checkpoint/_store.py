@@ -1,8 +1,7 @@
 """The checkpoints of one folder, written and read by Orbax.
 
 Owns the folder: what is in it, what is removed from it and what was left half done. Knows no loop; what a
-checkpoint means is its maker's affair. Layout: `<folder>/<step>/` with Orbax's items `state` (arrays) and `extra`
-(arrays of callbacks, where there are any), `meta.json`, `host.json`, and the list of files.
+checkpoint means is its maker's affair.
 """
 
 import concurrent.futures
@@ -20,26 +19,31 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from trainkit._core.arrays import dtype_of, shape_of
 from trainkit._core.atomic import write_atomic
 from trainkit._core.files import check_regular, remove
 from trainkit._core.tree import flat, nested
-from trainkit.checkpoint._manifest import NAME as MANIFEST
-from trainkit.checkpoint._manifest import listed, problems, read_json
+from trainkit.checkpoint._clearing import clear
+from trainkit.checkpoint._reading import (
+    EXTRA,
+    HOST,
+    META,
+    SCORES,
+    STATE,
+    complete_steps,
+    is_checkpoint,
+    problems_of,
+    read_host,
+    read_meta,
+    read_scores,
+)
 from trainkit.checkpoint._retention import Best, Retention, best_step
 
 if TYPE_CHECKING:
     from trainkit.checkpoint._orbax import AsyncWriter
 
-FOLDER = "checkpoints"
-"""Name of the folder within a run's `logdir`."""
-
-_STATE, _EXTRA = "state", "extra"
 _REMOVED = ".removed"
 _DAMAGED = ".damaged"
-_SCORES = "scores.json"
-_HOST = "host.json"
-META = "meta.json"
-"""Name of the small document in the folder of each checkpoint."""
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _LEFT_BEHIND = re.compile(rf"\d+({re.escape(_REMOVED)}|{re.escape(_TEMPORARY)}.*)")
 _SET_ASIDE = re.compile(rf"\d+{re.escape(_DAMAGED)}")
@@ -98,7 +102,7 @@ class Store:
         """Returns the metrics of every complete checkpoint by step; none for one that cannot be read."""
         known, self._scores = self._scores, {}
         for step in self.steps():
-            self._scores[step] = known[step] if step in known else _read_scores(self.folder, step)
+            self._scores[step] = known[step] if step in known else read_scores(self.folder, step)
         return dict(self._scores)
 
     def best(self, best: Best) -> int | None:
@@ -125,11 +129,11 @@ class Store:
             OSError: this or the save before it could not be written; older checkpoints are whole.
         """
         self.wait()
-        trees: dict[str, Any] = {_STATE: nested(contents.state)}
+        trees: dict[str, Any] = {STATE: nested(contents.state)}
         if contents.extra:
-            trees[_EXTRA] = dict(contents.extra)
+            trees[EXTRA] = dict(contents.extra)
         extra = {name: [str(array.dtype), list(array.shape)] for name, array in contents.extra.items()}
-        documents = {META: contents.meta, _HOST: {"values": contents.host, "extra": extra}}
+        documents = {META: contents.meta, HOST: {"values": contents.host, "extra": extra}}
         with self._explaining(step):
             path = self.folder / str(step)
             if path.exists() or path.is_symlink():  # the rest of one, e.g. of a removal that was broken off
@@ -176,8 +180,8 @@ class Store:
         self._scores.pop(step, None)
         path = self.folder / str(step)
         if self._first and scores and path.is_dir() and not path.is_symlink():
-            check_regular(path / _SCORES, missing_ok=True)
-            write_atomic(path / _SCORES, json.dumps(dict(scores)).encode())
+            check_regular(path / SCORES, missing_ok=True)
+            write_atomic(path / SCORES, json.dumps(dict(scores)).encode())
 
     def retain(self, retention: Retention) -> None:
         """Removes the complete checkpoints that `retention` does not keep."""
@@ -238,8 +242,8 @@ class Store:
             return
         self.clean()
         for path in list(self.folder.iterdir()):
-            if _SET_ASIDE.fullmatch(path.name) or _is_checkpoint(path):
-                _clear(path)
+            if _SET_ASIDE.fullmatch(path.name) or is_checkpoint(path):
+                clear(path)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
@@ -272,9 +276,10 @@ class Store:
         from trainkit.checkpoint._orbax import read
 
         target = {
-            name: np.empty(shape, jax.numpy.dtype(dtype)) for name, (dtype, shape) in host["extra"].items()
+            name: jax.ShapeDtypeStruct(shape_of(shape), dtype_of(dtype))
+            for name, (dtype, shape) in host["extra"].items()
         }
-        return host["values"], read(folder, _EXTRA, target)
+        return host["values"], read(folder, EXTRA, target)
 
     def load_state(self, step: int, target: Mapping[str, Any]) -> dict[str, Any]:
         """Returns arrays of a checkpoint.
@@ -286,7 +291,7 @@ class Store:
         """
         from trainkit.checkpoint._orbax import read
 
-        return flat(read(self.folder / str(step), _STATE, nested(target)))
+        return flat(read(self.folder / str(step), STATE, nested(target)))
 
     # ----------------------------------------------------------------------------------------------------------
 
@@ -319,98 +324,3 @@ class Store:
         os.rename(path, removed)
         # Deleting takes longer than it takes to begin a save, and nobody waits for it; `clean` makes up for a failure.
         self._ends.submit(remove, removed)
-
-
-def complete_steps(folder: pathlib.Path) -> list[int]:
-    """Returns the steps of the complete checkpoints in `folder`, in order."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if _is_checkpoint(path))
-
-
-def _is_checkpoint(path: pathlib.Path) -> bool:
-    # Damaged ones count; a folder that somebody named 2024 does not.
-    named = path.name.isdecimal() and path.name == str(int(path.name))
-    return named and any((path / ours).exists() for ours in (META, _HOST, MANIFEST))
-
-
-def problems_of(folder: pathlib.Path, step: int) -> list[str]:
-    """Returns what is wrong with a checkpoint, one line each."""
-    path = folder / str(step)
-    if path.is_symlink():
-        return ["it is a symbolic link"]
-    found = problems(path, items=(_STATE,), documents=(META, _HOST))
-    if found:
-        return found
-    try:
-        read_meta(folder, step)
-        extra = read_host(folder, step)["extra"]
-    except (OSError, ValueError) as error:
-        return [str(error)]
-    return problems(path, items=(_EXTRA,)) if extra and not (path / _EXTRA).is_dir() else []
-
-
-def read_meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
-    """Returns the `meta` of a checkpoint, with the scores that came later.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or is not as it was written.
-    """
-    path = folder / str(step)
-    meta = read_json(path, META)
-    if not _are_scores(meta.get("scores")):
-        raise ValueError(f"{META}: has no scores by name")
-    # Unreadable, they are no reason to refuse the checkpoint: nothing that is trained depends on them.
-    with contextlib.suppress(OSError, ValueError):
-        later = read_json(path, _SCORES)
-        meta["scores"] = {**meta["scores"], **(later if _are_scores(later) else {})}
-    return meta
-
-
-def read_host(folder: pathlib.Path, step: int) -> dict[str, Any]:
-    """Returns the `host` of a checkpoint as `values`, and its `extra` as dtypes and shapes; raises as `read_meta`."""
-    host = read_json(folder / str(step), _HOST)
-    if not isinstance(host.get("values"), dict) or not are_arrays(host.get("extra")):
-        raise ValueError(f"{_HOST}: has no values, or no arrays with a dtype and a shape each")
-    return host
-
-
-def are_arrays(specs: Any) -> bool:
-    """Says whether `specs` names arrays, with a dtype and a shape each, as JSON has them."""
-    return isinstance(specs, dict) and all(
-        isinstance(spec, list)
-        and len(spec) == 2
-        and isinstance(spec[0], str)
-        and isinstance(spec[1], list)
-        and all(type(size) is int and size >= 0 for size in spec[1])
-        for spec in specs.values()
-    )
-
-
-def _are_scores(scores: Any) -> bool:
-    return isinstance(scores, dict) and all(type(value) in (int, float) for value in scores.values())
-
-
-def _read_scores(folder: pathlib.Path, step: int) -> dict[str, float]:
-    try:
-        return read_meta(folder, step)["scores"]
-    except (OSError, ValueError):
-        return {}
-
-
-def _clear(path: pathlib.Path) -> None:
-    """Removes what was written of a checkpoint, by its list; without one, what has a name of ours."""
-    if path.is_symlink():
-        path.unlink()
-        return
-    ours = [path / name for name in listed(path)] or [path / _STATE, path / _EXTRA]
-    ours += [
-        path / name for name in (META, _HOST, _SCORES, MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")
-    ]
-    for one in ours:
-        # Nothing behind a link is ours.
-        if not any(parent.is_symlink() for parent in one.parents if parent.is_relative_to(path)):
-            remove(one)
-    for inner, _, _ in os.walk(path, topdown=False):
-        with contextlib.suppress(OSError):
-            os.rmdir(inner)

@@ -61,11 +61,11 @@ def decode(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return arrays, metadata
 
 
-def parsed(text: str | bytes, kind: type) -> Any:
+def parsed(text: Any, kind: type) -> Any:
     """Returns what JSON in a file says.
 
     Args:
-        text: the JSON.
+        text: the JSON, as it was read.
         kind: dict or list.
 
     Raises:
@@ -73,7 +73,7 @@ def parsed(text: str | bytes, kind: type) -> Any:
     """
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"its description is not JSON ({error})") from error
     if not isinstance(value, kind):
         raise ValueError(f"its description is a {type(value).__name__}, not a {kind.__name__}")

@@ -12,7 +12,7 @@ import pathlib
 import socket
 from collections.abc import Callable, Collection
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
@@ -76,10 +76,13 @@ class EventFile:
         self._file.close()
 
     def _write(self, event: Event) -> None:
-        # Not asked of what is serialised: from 2 GB on protocol buffers refuse that in words of their own.
-        if event.ByteSize() > MOST:
+        try:
+            data = event.SerializeToString()
+        except EncodeError:  # of more than 2 GB
+            data = None
+        if data is None or len(data) > MOST:
             raise Unwritable(f"not written: an event of more than {MOST >> 20} MiB")
-        self._file.append(framed(event.SerializeToString()))
+        self._file.append(framed(data))
 
 
 def _new_file(logdir: pathlib.Path, now: float) -> RecordFile:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from trainkit._core.files import open_regular
+from trainkit._core.files import naming, open_regular
 
 _CHUNK = 1 << 20
 
@@ -37,6 +37,7 @@ class RecordFile:
 
     def __init__(self, path: pathlib.Path, *, exclusive: bool = False) -> None:
         extra = os.O_EXCL if exclusive else 0
+        self._path = path
         self._file = open(  # noqa: SIM115 (held until close)
             path, "ab", buffering=0, opener=lambda name, flags: open_regular(name, flags | extra)
         )
@@ -51,7 +52,7 @@ class RecordFile:
         Raises:
             OSError: the system refused it.
         """
-        with self._lock:
+        with self._lock, naming(self._path):
             start = os.fstat(self._file.fileno()).st_size
             rest = memoryview(record)
             try:
@@ -108,7 +109,7 @@ class Edit:
         # The name must not look like a log to a reader that lists the folder meanwhile.
         handle, name = tempfile.mkstemp(prefix=".rewrite-", dir=path.parent)
         try:
-            with os.fdopen(handle, "wb") as new:
+            with naming(path), os.fdopen(handle, "wb") as new:
                 for piece in self._pieces:
                     new.writelines(_chunks(file, *piece) if isinstance(piece, tuple) else [piece])
                 new.flush()
