@@ -28,6 +28,7 @@ REGISTRY = {
     "Embedding": lambda: tk.callbacks.Embedding(lambda info: (np.eye(4), [*"abcd"], np.zeros((4, 2, 2, 1)))),
     "EvalView": lambda: tk.callbacks.EvalView(lambda state: state),
     "Figure": lambda: tk.callbacks.Figure(lambda info: matplotlib.figure.Figure(figsize=(1, 1))),
+    "Finetune": lambda: tk.callbacks.Finetune({"Dense_0/kernel": tk.At(steps=(4,))}),
     "GradientNoiseScale": lambda: tk.callbacks.GradientNoiseScale(tk.Every(steps=2)),
     "HParams": lambda: tk.callbacks.HParams({"model": {"width": 8}}),
     "Images": lambda: tk.callbacks.Images(lambda info: np.zeros((2, 4, 4, 1)), every=tk.Every(steps=2)),

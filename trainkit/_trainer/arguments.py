@@ -36,7 +36,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
         as_cadence(callback.every, f"{type(callback).__name__}.every")
     if len({id(callback) for callback in callbacks}) != len(callbacks):
         raise ValueError("callbacks has the same object twice; give each once.")
-    staging = [type(callback).__name__ for callback in callbacks if callback.stages() is not None]
+    staging = [type(callback).__name__ for callback in callbacks if callback._stages() is not None]
     if len(staging) > 1:
         raise ValueError(
             f"callbacks has {' and '.join(staging)}, and one alone says what is trained. Give all patterns to one "

@@ -370,7 +370,7 @@ class Trainer(Asking):
             eval_step=self._overridden("eval_step"),
             units=self.batch_axis is None,
         )
-        stages = next((found for one in self._callbacks if (found := one.stages()) is not None), None)
+        stages = next((found for one in self._callbacks if (found := one._stages()) is not None), None)
         steps = Steps(
             model=self._model,
             tx=self._tx if stages is None else staged(self._tx, stages.patterns),

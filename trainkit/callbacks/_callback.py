@@ -168,7 +168,7 @@ class Callback:
         With several, `weights="averaged"` is that of the callback given first.
         """
 
-    def stages(self) -> Stages | None:
+    def _stages(self) -> Stages | None:
         """Returns from which step on groups of parameters are trained, None to have no say; of one trainer one has."""
         return None
 

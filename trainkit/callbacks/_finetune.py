@@ -61,23 +61,23 @@ class Finetune(Callback):
                     f"Finetune: {pattern!r} is released after seconds, at another step in every run. Give steps or "
                     "epochs, e.g. tk.At(steps=(1000,)) or tk.Every(epochs=1)."
                 )
-        self._stages = Stages(Patterns("Finetune", cadences), cadences)
+        self._groups = Stages(Patterns("Finetune", cadences), cadences)
         steps = {cadence.next_step(0) for cadence in cadences.values()} - {NEVER}
         # The loop stops at each release, after which another program runs.
         self.every = At(steps=tuple(map(int, steps))) if steps else Never()
 
-    def stages(self) -> Stages:
-        return self._stages
+    def _stages(self) -> Stages:
+        return self._groups
 
     def on_epoch_start(self, info: Info) -> Action:
-        self._stages.end_pass(info.epoch - 1, info.step)
+        self._groups.end_pass(info.epoch - 1, info.step)
 
     def on_step(self, info: Info) -> Action:
-        held_back = sorted(self._stages.held_back(info.step))
+        held_back = sorted(self._groups.held_back(info.step))
         _LOG.info("from update %d on all is trained but for %s", info.step + 1, held_back or "nothing")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"released": dict(self._stages.released)}
+        return {"released": dict(self._groups.released)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._stages.released = {pattern: int(step) for pattern, step in state["released"].items()}
+        self._groups.released = {pattern: int(step) for pattern, step in state["released"].items()}
