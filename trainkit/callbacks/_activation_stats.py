@@ -1,5 +1,7 @@
 """`ActivationStats`: writes what the layers of a model return, in a few numbers. Owns when; the probe owns what."""
 
+import logging
+
 from trainkit._core.cadence import Cadence, Every, as_cadence
 from trainkit._core.tree import begin_fetch
 from trainkit.callbacks._deferred import Deferred
@@ -9,6 +11,7 @@ from trainkit.hooks._numbers import Numbers
 from trainkit.hooks._probe import StepProbe
 from trainkit.writers._writer import MetricWriter
 
+_LOGGER = logging.getLogger("trainkit")
 _EVERY = Every(steps=50)
 
 
@@ -27,8 +30,9 @@ class ActivationStats(Deferred[Numbers]):
     They are taken of one more forward pass of `loss` over the batches of the step, with the parameters before the
     update and the keys of the step, where `every` is due and nowhere else. Rows of padding do not count. Outputs that
     are no real floats `[batch, ...]` are left out, and so is the whole model, but where it has no other modules, as
-    `(root)`. The units of a module called several times are counted for each call. With a cadence in seconds, or in
-    passes of unknown length, the step looked at is the one after.
+    `(root)`. A model without any such layer is warned about once. The units of a module called several times are
+    counted for each call. With a cadence in seconds, or in passes of unknown length, the step looked at is the one
+    after.
 
     Args:
         every: cadence.
@@ -36,7 +40,7 @@ class ActivationStats(Deferred[Numbers]):
 
     Raises:
         TypeError: `every` is not a cadence.
-        ValueError: at the start of a fit: `train_step` is overridden, or there is no such layer.
+        ValueError: at the start of a fit: `train_step` is overridden.
 
     Example:
         >>> callbacks = [ActivationStats(every=Every(steps=200))]
@@ -44,7 +48,7 @@ class ActivationStats(Deferred[Numbers]):
 
     def __init__(self, every: Cadence = _EVERY, *, name: str = "activations") -> None:
         super().__init__()
-        self.every, self._name = as_cadence(every, "every"), name
+        self.every, self._name, self._said = as_cadence(every, "every"), name, False
 
     def step_probe(self) -> StepProbe:
         return activations_probe(self._name)
@@ -54,4 +58,11 @@ class ActivationStats(Deferred[Numbers]):
         return info.probed
 
     def _write(self, writer: MetricWriter, step: int, taken: Numbers) -> None:
-        writer.write_scalars(step, taken.read())
+        if taken.names:
+            writer.write_scalars(step, taken.read())
+        elif not self._said:
+            _LOGGER.warning(
+                "ActivationStats writes nothing: no module of the model returns real floats [batch, ...] from its "
+                "__call__ in the loss."
+            )
+            self._said = True

@@ -24,7 +24,7 @@ class Numbers:
     @classmethod
     def of(cls, found: Mapping[str, jax.Array]) -> Self:
         """Returns scalars by name as one array."""
-        values = jnp.stack([jnp.asarray(value, jnp.float32) for value in found.values()])
+        values = jnp.asarray(list(found.values()), jnp.float32)
         return cls(values, tuple(found))  # pyright: ignore[reportCallIssue]
 
     def read(self) -> dict[str, float]:
