@@ -47,12 +47,12 @@ class Constants:
         hparams: values by name, None for none; the numbers among them reach the steps.
 
     Raises:
-        TypeError: one is no mapping with names as keys, or holds something that no step can take.
+        TypeError: `frozen` is no mapping with names as keys, or holds something that no step can take.
     """
 
     def __init__(self, frozen: Mapping[str, PyTree] | None, hparams: Mapping[str, Any] | None) -> None:
         self._frozen = _owned("frozen", frozen)
-        self._hparams = _numbers(check_hparams(hparams))
+        self._hparams = _numbers(hparams or {})
         self._placed: Given | None = None
         self._fingerprint: dict[str, str] | None = None
 
@@ -119,23 +119,6 @@ class Constants:
                 for (name, leaf), array in zip(named, host, strict=True)
             }
         return self._fingerprint
-
-
-def check_hparams(hparams: object) -> Mapping[str, Any]:
-    """Returns the hyperparameters of a trainer, refusing what is no mapping of names to values, perhaps nested."""
-    if hparams is None:
-        return {}
-    if not isinstance(hparams, Mapping):
-        raise TypeError(
-            f"hparams is of type {type(hparams).__name__}; expected a mapping of names to values, e.g. "
-            "hparams={'temperature': 2.0}."
-        )
-    for name, value in hparams.items():
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"hparams has the name {name!r}; names are strings.")
-        if isinstance(value, Mapping):
-            check_hparams(value)
-    return hparams
 
 
 def check_frozen_same(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
