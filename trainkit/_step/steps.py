@@ -70,13 +70,13 @@ class Steps:
 
     # Initialisation -------------------------------------------------------------------------------------------
 
-    def init(self, given: Given, rng: jax.Array, batch: Batch) -> TrainState:
+    def init(self, given: Given | None, rng: jax.Array, batch: Batch) -> TrainState:
         """Returns the state at step 0 from `rng` and the shapes of `batch`; to be compiled as one program."""
         return self._init(given, rng, batch)
 
     @functools.cached_property
     def _init(self) -> Any:
-        def init(given: Given, rng: jax.Array, batch: Batch) -> TrainState:
+        def init(given: Given | None, rng: jax.Array, batch: Batch) -> TrainState:
             init_rng, step_rng = jax.random.split(rng)
             init_variables = self._user.init_variables or self.init_variables
             with self.constants.traced(given):
@@ -108,7 +108,7 @@ class Steps:
         self,
         accumulator: Accumulator,
         impl: str,
-        given: Given,
+        given: Given | None,
         state: TrainState,
         packed: Any,
         batch: Batch,
@@ -137,7 +137,7 @@ class Steps:
     def advance(
         self,
         accumulator: Accumulator,
-        given: Given,
+        given: Given | None,
         state: TrainState,
         packed: Any,
         batch: Batch,
@@ -148,7 +148,13 @@ class Steps:
             return self._advanced(accumulator, given, state, packed, batch, mask)
 
     def _advanced(
-        self, accumulator: Accumulator, given: Given, state: TrainState, packed: Any, batch: Batch, mask: Any
+        self,
+        accumulator: Accumulator,
+        given: Given | None,
+        state: TrainState,
+        packed: Any,
+        batch: Batch,
+        mask: Any,
     ) -> tuple[TrainState, Any, Updated]:
         done = self._attempt(given, state, batch, mask)
         values = done.told(state)
@@ -165,7 +171,9 @@ class Steps:
             new_state = settle(self._hooks, keep, values, new_state, again, one_device=one_device)
         return new_state, merged, done
 
-    def attempt(self, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None) -> Updated:
+    def attempt(
+        self, given: Given | None, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> Updated:
         """One optimizer update, of `batch` and `mask` as `train` takes them, before the hooks are told."""
         with self.constants.traced(given):
             return self._step(state, self.parts(batch, mask))
@@ -174,7 +182,7 @@ class Steps:
         """Returns the batches of a step with their masks, of `batch` and `mask` as `train` takes them."""
         return ((batch, mask),) if self.accumulate == 1 else tuple(zip(batch, mask or (), strict=True))
 
-    def attempt_one(self, given: Given, state: TrainState, batch: Batch) -> Updated:
+    def attempt_one(self, given: Given | None, state: TrainState, batch: Batch) -> Updated:
         """One optimizer update of one batch, all of whose rows are real, also where a step takes several."""
         if self.accumulate == 1:
             return self._attempt(given, state, batch, None)
@@ -357,7 +365,7 @@ class Steps:
         return jnp.maximum(self.strategy.sum(jnp.stack(counts).sum()), 1)
 
     def row_losses(
-        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, impl: str, given: Given | None, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> dict[str, jax.Array]:
         """Returns the losses that a training step computes, and their weights where they have any, all `[batch]`.
 
@@ -385,7 +393,7 @@ class Steps:
         self,
         accumulator: Accumulator,
         impl: str,
-        given: Given,
+        given: Given | None,
         state: TrainState,
         carry: Any,
         batch: Batch,
@@ -416,14 +424,14 @@ class Steps:
         return losses, for_metrics(losses, outputs, mask, self.forward.rows(batch))
 
     def predict(
-        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, impl: str, given: Given | None, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> PyTree:
         """Outputs of `predict_step` for one batch, leaves `[batch, ...]`."""
         self.traces.record("prediction", {"state": state, "batch": batch, "mask": mask})
         return self.prediction(impl, given, state, batch, mask)
 
     def prediction(
-        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, impl: str, given: Given | None, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> PyTree:
         """As `predict`, for a program of its own: it takes no part in the report of what compiles again."""
         state = with_typed_key(state, impl)
@@ -434,7 +442,7 @@ class Steps:
         self,
         impl: str,
         fn: Callable[..., Any],
-        given: Given,
+        given: Given | None,
         state: TrainState,
         args: tuple[Any, ...],
         rng: jax.Array | None,
@@ -451,7 +459,7 @@ class Steps:
         return MeasuringStep(self._model, self.strategy, self._user, self.constants)
 
     def eval_outputs(
-        self, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, given: Given | None, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> tuple[bool, dict[str, Any]]:
         """Returns whether the loss comes one per example, and one batch's outputs for the metrics."""
         with self.constants.traced(given):
