@@ -190,3 +190,18 @@ def test_the_run_is_as_without():
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     assert all(isinstance(leaf, np.ndarray | jnp.ndarray) for leaf in jax.tree.leaves(states))
+
+
+class Shifted(Trainer):
+    def loss(self, model, batch, ctx):
+        return model(ctx.hparams["scale"] * batch["x"] + ctx.frozen["shift"], ctx.train) ** 2, {}
+
+
+def test_what_the_loss_is_given_besides():
+    options = {"hparams": {"scale": 2.0}, "frozen": {"shift": np.float32(1)}}
+    trainer = Shifted(Model(), optax.sgd(0.0), callbacks=[ActivationStats(EACH)], **options)
+    (batch,) = data(ROWS)
+    trainer.init(batch)
+    seen = {"x": 2 * batch["x"] + np.float32(1)}
+    outputs = outputs_of(trainer, seen, jax.random.fold_in(trainer.state.rng, 0))
+    assert_stats(trainer.fit([batch], epochs=1).history, 1, outputs)

@@ -80,7 +80,8 @@ def test_the_parts_are_those_of_the_result_and_add_up(clock):
     def passes(info):
         clock[0] += 5.0
 
-    one = trainer(Lambda(on_step=passes, on_fit_end=passes), Throughput(EVERY))
+    slow = Lambda(on_step=passes, on_fit_end=passes, close=lambda: passes(None))
+    one = trainer(slow, Throughput(EVERY))
     result = one.fit(TEN, steps=5)
     assert [step for step, _ in result.history["time/step"]] == [2, 4, 5]
     found = {part: result.history.last(f"time/{part}") for part in PARTS}
@@ -180,7 +181,7 @@ def test_the_peak_of_a_device_is_by_its_kind():
 
 def test_no_share_of_a_peak_that_is_not_known_and_no_look_at_batches_without_items():
     throughput = Throughput(EVERY)
-    assert not throughput.implements("on_batch")
+    assert not throughput.implements("_see_batch")
     history = trainer(throughput).fit(TEN, steps=4).history
     assert {name for name in history if name.startswith("throughput/")} == {
         f"throughput/{name}"

@@ -84,7 +84,8 @@ def test_the_step_is_the_very_program_it_was():
         state, engine = trainer.init(DATA[0]), trainer._engine
         prepared = engine.prepare_train(state, as_source(DATA), DATA[0])
         raw = jax.eval_shape(with_raw_key, state)
-        texts.append(prepared.step.lower(raw, prepared.empty, (), DATA[0], None).as_text())
+        held = engine.held((), 0)
+        texts.append(prepared.step.lower(raw, prepared.empty, held, DATA[0], None).as_text())
     assert texts[0] == texts[1]
 
 

@@ -37,3 +37,28 @@ def test_rates_are_those_of_all_devices(strategy):
     assert 2 * n / steps == pytest.approx(np.arange(ROWS).sum())
     assert flops / steps == pytest.approx(40 * 4 * FEATURES * FEATURES, rel=0.25)
     assert mfu == pytest.approx(flops / 8e9)
+
+
+def test_a_backend_that_counts_only_what_is_compiled_does_not_compile_it_again(monkeypatch):
+    programs, counting = [], []
+
+    def refuse(self):
+        counting.append(True)
+        raise NotImplementedError
+
+    def note(event, seconds, **_):
+        if counting and event == "/jax/core/compile/backend_compile_duration":
+            programs.append(seconds)
+
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", refuse)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    throughput = Throughput(tk.Every(steps=2))
+    trainer = Wide(nn.Dense(FEATURES), optax.sgd(0.1), callbacks=[throughput], steps_per_call=1)
+    try:
+        history = trainer.fit([{"x": np.ones((40, FEATURES), np.float32)}] * 4, steps=2).history
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    rates = {name: history.last(f"throughput/{name}_per_second") for name in ("steps", "flops")}
+    assert rates["flops"] / rates["steps"] == pytest.approx(40 * 4 * FEATURES * FEATURES, rel=0.35)
+    assert counting
+    assert not programs

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 
 from trainkit._calls.choice import SINGLE, Choice, Remembered, cache_folder
+from trainkit._calls.flops import flops_of
 from trainkit._calls.programs import Make, Programs, form_of, make_of, spec_of_call
 from trainkit._calls.tuner import Tuner, is_candidate
 from trainkit._core.typing import PyTree
@@ -121,14 +122,10 @@ class Calls:
         known.resume()
 
     def flops(self) -> float | None:
-        """Returns the floating point operations of one step on all devices, None where they can't be known.
-
-        They are XLA's count for the program as it is handed over, of which nothing is compiled for it.
-        """
+        """Returns the floating point operations of one step on all devices, None where they can't be known."""
         if self._flops is None and self._example is not None and isinstance(self._single, jax.stages.Wrapped):
-            cost: Any = self._single.trace(*self._example).lower().cost_analysis()
             replicas = 1 if self._strategy.replica_axis is None else self._strategy.shards
-            self._flops = float((cost or {}).get("flops", 0.0)) * replicas
+            self._flops = flops_of(self._single, self._example, replicas) or 0.0
         return self._flops or None
 
     def room(self, left: float) -> int:

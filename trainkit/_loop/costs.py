@@ -53,7 +53,7 @@ def show_batches(
             for one in handed if group > 1 else (handed,):
                 batch = one.read(0, one.size) if isinstance(one, GlobalBatch) else supply.read(one)
                 for callback in callbacks:
-                    callback.on_batch(batch)
+                    callback._see_batch(batch)
         watch.move(watch.clock() - begun, "callbacks")
 
     return show

@@ -23,14 +23,17 @@ class ProbedCalls:
         assert prepared.probed is not None
         self._calls, self._probed, self._probing = prepared.calls, prepared.probed, probing
         self.takes, self.pause, self.resume = self._calls.takes, self._calls.pause, self._calls.resume
+        self._is_probed = False
 
     def room(self, left: float) -> int:
-        """As `Calls.room`; no call reaches over a step with probes."""
-        return self._calls.room(self._probing.before_it(left))
+        """As `Calls.room`, asked before each call; none reaches over a step with probes."""
+        before = self._probing.steps_before
+        self._is_probed = before < 1
+        return 1 if self._is_probed else self._calls.room(min(left, before))
 
     def __call__(self, raw: Any, packed: Any, feds: Sequence[Fed]) -> tuple[Any, Any]:
         """As `Calls`."""
-        if not self._probing.is_next:
+        if not self._is_probed:
             return self._calls(raw, packed, feds)
         raw, packed, values = self._calls.probed(self._probed, raw, packed, feds[0])
         self._probing.found(values)
@@ -73,21 +76,16 @@ class Probing:
     @property
     def next_step(self) -> float:
         """The next step that runs with probes."""
-        since, known = self._known
-        step = self._standing.step
+        return self.steps_before + self._standing.step + 1
+
+    @property
+    def steps_before(self) -> float:
+        """How many steps come before the next one with probes."""
+        (since, known), step = self._known, self._standing.step
         if not since <= step < known:
             known = self._next_after(step)
             self._known = step, known
-        return known
-
-    def before_it(self, most: float) -> float:
-        """Returns how many of the next `most` steps come before one with probes; that alone where it is the next."""
-        return max(1, min(most, self.next_step - self._standing.step - 1))
-
-    @property
-    def is_next(self) -> bool:
-        """Whether the next step runs with probes."""
-        return self.next_step == self._standing.step + 1
+        return known - step - 1
 
     def found(self, values: dict[str, Any]) -> None:
         """Takes what the probes of the step just done gave."""

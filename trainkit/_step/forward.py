@@ -121,7 +121,7 @@ class Forward:
         """Returns what each module returned in a training pass, leaves `[rows, ...]`; see `Model.captured`."""
 
         def forward(variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array) -> Any:
-            ctx = StepContext(train=True, step=step, rng=rng, mask=mask, params=variables["params"])
+            ctx = self._context(train=True, step=step, rng=rng, mask=mask, params=variables["params"])
             return self._model.captured(self._checked_loss, variables, rng, batch, ctx), {}, {}
 
         return self._strategy.map_forward(forward)(variables, batch, self.real(batch, mask), step, rng)[0]

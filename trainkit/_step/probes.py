@@ -142,12 +142,13 @@ class Passes(StepPasses):
         ((batch, mask),) = self._parts
         if not self._done.per_example or self._steps.forward.rows(batch) is None:
             raise ValueError(
-                f"{asker} compares gradients of two batch sizes, and this loss is a scalar for the whole batch, which "
-                "can't be divided. Return one loss per example, shape [batch], or use Trainer(accumulate=2) or more."
+                f"{asker} compares gradients of two batch sizes, and this loss is a scalar for the whole batch, or the "
+                "batch one unit, which can't be divided. Return one loss per example, shape [batch], or use "
+                "Trainer(accumulate=2) or more."
             )
         real = self._steps.forward.real(batch, mask)
-        count = real.sum()
-        first = real & (jnp.cumsum(real) <= count - count // 2)
+        count = self.sum(real.sum())
+        first = real & (self._places(real) <= count - count // 2)
         weight, grads = self._steps.gradient(self._before, ((batch, first),))
         own, all_ = self._count(first), self._count(real)
         total = all_ if self._done.weight is None else self._done.weight
@@ -158,6 +159,15 @@ class Passes(StepPasses):
             grads,
         )
         return [Piece(own, grads), Piece(all_ - own, rest)]
+
+    def _places(self, real: jax.Array) -> jax.Array:
+        """Returns `int32[rows]`, how many rows of all replicas are real up to each of this one's."""
+        axis = self._steps.strategy.replica_axis
+        if axis is None:
+            return jnp.cumsum(real)
+        counts = jax.lax.all_gather(real.sum(), axis)
+        before = jnp.where(jnp.arange(len(counts)) < jax.lax.axis_index(axis), counts, 0).sum()
+        return before + jnp.cumsum(real)
 
     def _count(self, mask: jax.Array) -> jax.Array:
         return self.sum(mask.sum().astype(jnp.float32))

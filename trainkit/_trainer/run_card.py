@@ -56,7 +56,7 @@ def _devices() -> str:
 
 
 def _folder() -> pathlib.Path:
-    """Returns the folder of the program, that of a session without one where it was started."""
+    """Returns the folder of the program; of an interpreter without one, where it was started."""
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     return pathlib.Path(file).resolve().parent if file else pathlib.Path.cwd()
 

@@ -100,16 +100,6 @@ class Callback:
     def on_fit_start(self, info: Info) -> Action:
         """Called once when a fit begins, with the state it begins from."""
 
-    def on_batch(self, batch: Batch) -> None:
-        """Called with each training batch that was handed to a step, as the source gave it: to count what is in it.
-
-        It costs a call for each batch, where batches lie on the device their reading on the host too; a class that does
-        not override it costs nothing. Several processes all see the whole batch.
-
-        Args:
-            batch: leaves `[rows, ...]` on the host, without padding; neither to be kept nor changed.
-        """
-
     def on_epoch_start(self, info: Info) -> Action:
         """Called before the first step of each pass over the training source."""
 
@@ -185,3 +175,18 @@ class Callback:
     def implements(self, hook: str) -> bool:
         """Says whether the method named `hook` does anything; others are never called."""
         return getattr(type(self), hook) is not getattr(Callback, hook)
+
+    # Hooks of trainkit's own callbacks, called as the others are.
+
+    def _see_batch(self, batch: Batch) -> None:
+        """Called with each training batch that was handed to a step, as the source gave it: to count what is in it.
+
+        It costs a call for each batch, where batches lie on the device their reading on the host too; a class that does
+        not override it costs nothing. Several processes all see the whole batch.
+
+        Args:
+            batch: leaves `[rows, ...]` on the host, without padding; neither to be kept nor changed.
+        """
+
+    def _on_result(self, info: Info) -> None:
+        """Called after every `close`, where nothing raised: for what is known when all is done, as `info.timing`."""

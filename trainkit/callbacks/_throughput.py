@@ -85,15 +85,15 @@ class Throughput(Callback):
         self._marker: Mapping[str, Any] = {}
         # The seconds of each part at a step, which are written when the next are due.
         self._times: tuple[int, dict[str, float]] | None = None
-        self._last = -1
+        self._last = self._end = -1
 
     def implements(self, hook: str) -> bool:
-        return bool(self._counters) if hook == "on_batch" else super().implements(hook)
+        return bool(self._counters) if hook == "_see_batch" else super().implements(hook)
 
     def on_fit_start(self, info: Info) -> None:
         self._begun, self._marker, self._peak_of_all = self._now(info), {}, None
 
-    def on_batch(self, batch: Batch) -> None:
+    def _see_batch(self, batch: Batch) -> None:
         for name, count in self._counters.items():
             self._items[name] += count(batch)
 
@@ -116,8 +116,11 @@ class Throughput(Callback):
         if self._times is not None and self._times[0] == info.step:
             self._times = None
         self._write_times(info)
-        if info.step > self._last:  # else no step was run since they were written
-            self._times = info.step, dict(info.timing)
+        self._end = info.step
+
+    def _on_result(self, info: Info) -> None:
+        if self._end > self._last:  # else no step was run since they were written
+            self._times = self._end, dict(info.timing)
             self._write_times(info)
 
     def on_exception(self, info: Info, exc: BaseException) -> None:
@@ -140,7 +143,8 @@ class Throughput(Callback):
         if self._times is not None:
             (step, times), self._times = self._times, None
             self._last = step
-            info.writer.write_scalars(step, {f"time/{part}": seconds for part, seconds in times.items()})
+            if times:
+                info.writer.write_scalars(step, {f"time/{part}": seconds for part, seconds in times.items()})
 
     def _now(self, info: Info) -> _Begun:
         timing, work = info.timing, info.work
