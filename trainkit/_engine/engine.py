@@ -119,15 +119,15 @@ class Engine(Sources):
     def _init(self) -> Callable[..., TrainState]:
         return self.strategy.compile(self.steps.init, inputs=(Role.WHOLE,) * 3, outputs=Role.STATE)
 
-    def given(self) -> Given:
-        """Returns what steps are given beside state and batch, on the devices."""
+    def given(self) -> Given | None:
+        """Returns what steps are given beside state and batch, on the devices; None where that is nothing."""
         return self.steps.constants.placed(self.strategy)
 
-    def held(self, data: PyTree, step: int) -> tuple[Given, PyTree]:
+    def held(self, data: PyTree, step: int) -> tuple[Given | None, PyTree]:
         """Returns the third argument of the training step after `step`: what it is given, and data to pick rows of."""
         given, stages = self.given(), self.stages
         if stages is not None:
-            given = dataclasses.replace(given, held_back=stages.held_back(step))
+            given = dataclasses.replace(given or Given(), held_back=stages.held_back(step))
         return given, data
 
     def complete(self, state: TrainState, seed: int) -> TrainState:

@@ -45,7 +45,7 @@ class EvalSteps:
         self,
         accumulator: Accumulator,
         impl: str,
-        given: Given,
+        given: Given | None,
         state: TrainState,
         carry: Any,
         batch: Batch,
@@ -76,14 +76,14 @@ class EvalSteps:
         return losses, for_metrics(losses, outputs, mask, self.forward.rows(batch))
 
     def predict(
-        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, impl: str, given: Given | None, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> PyTree:
         """Outputs of `predict_step` for one batch, leaves `[batch, ...]`."""
         self.traces.record("prediction", {"state": state, "batch": batch, "mask": mask})
         return self.prediction(impl, given, state, batch, mask)
 
     def prediction(
-        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, impl: str, given: Given | None, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> PyTree:
         """As `predict`, for a program of its own: it takes no part in the report of what compiles again."""
         state = with_typed_key(state, impl)
@@ -94,7 +94,7 @@ class EvalSteps:
         self,
         impl: str,
         fn: Callable[..., Any],
-        given: Given,
+        given: Given | None,
         state: TrainState,
         args: tuple[Any, ...],
         rng: jax.Array | None,
@@ -111,7 +111,7 @@ class EvalSteps:
         return MeasuringStep(self._model, self.strategy, self._user, self.constants)
 
     def eval_outputs(
-        self, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, given: Given | None, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> tuple[bool, dict[str, Any]]:
         """Returns whether the loss comes one per example, and one batch's outputs for the metrics."""
         with self.constants.traced(given):

@@ -63,13 +63,13 @@ class Steps(EvalSteps):
 
     # Initialisation -------------------------------------------------------------------------------------------
 
-    def init(self, given: Given, rng: jax.Array, batch: Batch) -> TrainState:
+    def init(self, given: Given | None, rng: jax.Array, batch: Batch) -> TrainState:
         """Returns the state at step 0 from `rng` and the shapes of `batch`; to be compiled as one program."""
         return self._init(given, rng, batch)
 
     @functools.cached_property
     def _init(self) -> Any:
-        def init(given: Given, rng: jax.Array, batch: Batch) -> TrainState:
+        def init(given: Given | None, rng: jax.Array, batch: Batch) -> TrainState:
             init_rng, step_rng = jax.random.split(rng)
             init_variables = self._user.init_variables or self.init_variables
             with self.constants.traced(given):
@@ -101,7 +101,7 @@ class Steps(EvalSteps):
         self,
         accumulator: Accumulator,
         impl: str,
-        given: Given,
+        given: Given | None,
         state: TrainState,
         packed: Any,
         batch: Batch,
@@ -130,7 +130,7 @@ class Steps(EvalSteps):
     def advance(
         self,
         accumulator: Accumulator,
-        given: Given,
+        given: Given | None,
         state: TrainState,
         packed: Any,
         batch: Batch,
@@ -141,7 +141,13 @@ class Steps(EvalSteps):
             return self._advanced(accumulator, given, state, packed, batch, mask)
 
     def _advanced(
-        self, accumulator: Accumulator, given: Given, state: TrainState, packed: Any, batch: Batch, mask: Any
+        self,
+        accumulator: Accumulator,
+        given: Given | None,
+        state: TrainState,
+        packed: Any,
+        batch: Batch,
+        mask: Any,
     ) -> tuple[TrainState, Any, Updated]:
         done = self._attempt(given, state, batch, mask)
         values = done.told(state)
@@ -158,7 +164,9 @@ class Steps(EvalSteps):
             new_state = settle(self._hooks, keep, values, new_state, again, one_device=one_device)
         return new_state, merged, done
 
-    def attempt(self, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None) -> Updated:
+    def attempt(
+        self, given: Given | None, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> Updated:
         """One optimizer update, of `batch` and `mask` as `train` takes them, before the hooks are told."""
         with self.constants.traced(given):
             return self._step(state, self.parts(batch, mask))
@@ -167,7 +175,7 @@ class Steps(EvalSteps):
         """Returns the batches of a step with their masks, of `batch` and `mask` as `train` takes them."""
         return ((batch, mask),) if self.accumulate == 1 else tuple(zip(batch, mask or (), strict=True))
 
-    def attempt_one(self, given: Given, state: TrainState, batch: Batch) -> Updated:
+    def attempt_one(self, given: Given | None, state: TrainState, batch: Batch) -> Updated:
         """One optimizer update of one batch, all of whose rows are real, also where a step takes several."""
         if self.accumulate == 1:
             return self._attempt(given, state, batch, None)
@@ -350,7 +358,7 @@ class Steps(EvalSteps):
         return jnp.maximum(self.strategy.sum(jnp.stack(counts).sum()), 1)
 
     def row_losses(
-        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, impl: str, given: Given | None, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> dict[str, jax.Array]:
         """Returns the losses that a training step computes, and their weights where they have any, all `[batch]`.
 
