@@ -12,13 +12,20 @@ from trainkit.callbacks import (
     EMA,
     Callback,
     Checkpoint,
+    ConfusionMatrix,
     EarlyStopping,
+    Embedding,
+    Figure,
+    HParams,
+    Images,
     Lambda,
     LearningRate,
     LogMetrics,
+    ModelSummary,
     NanGuard,
     Progress,
     ReduceOnPlateau,
+    Text,
 )
 from trainkit.checkpoint._store import Store
 
@@ -33,14 +40,21 @@ def made(*callbacks, **options):
 
 SHIPPED = {
     "Checkpoint": lambda folder: Checkpoint(EACH, best=("eval/loss", "min"), folder=folder),
+    "ConfusionMatrix": lambda folder: ConfusionMatrix(DATA, every=tk.Never()),
     "EMA": lambda folder: EMA(0.5),
     "EarlyStopping": lambda folder: EarlyStopping("eval/loss", mode="min", patience=1, restore_best=True),
+    "Embedding": lambda folder: Embedding(lambda info: (np.eye(3), None), every=EACH),
+    "Figure": lambda folder: Figure(lambda info: {}, every=EACH),
+    "HParams": lambda folder: HParams({"width": 3}),
+    "Images": lambda folder: Images(lambda info: np.zeros((2, 2, 1)), every=EACH),
     "Lambda": lambda folder: Lambda(on_step=lambda info: None),
     "LearningRate": lambda folder: LearningRate(EACH),
     "LogMetrics": lambda folder: LogMetrics(EACH),
+    "ModelSummary": lambda folder: ModelSummary(),
     "NanGuard": lambda folder: NanGuard("skip", EACH),
     "Progress": lambda folder: Progress(),
     "ReduceOnPlateau": lambda folder: ReduceOnPlateau("eval/loss", mode="min", patience=1),
+    "Text": lambda folder: Text(lambda info: str(info.step), every=EACH),
 }
 
 
