@@ -6,7 +6,7 @@ You write a model and a loss; it owns the state, the step, the loop and the logs
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from trainkit import callbacks, data, hooks, metrics, parallel, writers
+from trainkit import callbacks, data, hooks, metrics, optim, parallel, writers
 from trainkit._core.cadence import At, Every, Never
 from trainkit._core.context import StepContext
 from trainkit._core.errors import NonFiniteError
@@ -45,6 +45,7 @@ __all__ = [
     "hooks",
     "load",
     "metrics",
+    "optim",
     "parallel",
     "save",
     "testing",

@@ -138,6 +138,8 @@ def test_one_callback_for_two_trainers(tmp_path):
         ({"every": 5}, TypeError, r"every=5: expected tk\.Every"),
         ({"best": "eval/loss"}, ValueError, r"expected a name and a mode, e\.g\. \('eval/loss', 'min'\)"),
         ({"best": ("eval/loss", "lowest")}, ValueError, r"the mode is 'min' or 'max'"),
+        ({"best": ("eval/loss", "min"), "top": 0}, ValueError, r"top=0\): must be an int, 1 or more"),
+        ({"top": 2}, ValueError, r"top=2\) keeps the best by a metric: say which, e\.g\. best="),
         ({"metadata": {"a": object()}}, TypeError, r"metadata=\.\.\.\) must be JSON"),
     ],
 )
@@ -356,3 +358,52 @@ def test_where_all_are_damaged_nothing_is_begun_afresh(tmp_path):
     ):
         saving(tmp_path).fit(TEN, epochs=1, resume=True)
     assert steps_in(tmp_path / "checkpoints") == [5, 10]
+
+
+# More than one of the best ------------------------------------------------------------------------------------
+
+
+def topped(logdir, script, *callbacks, top, keep=1, mode="min", steps=10):
+    made = saving(logdir, script, *callbacks, every=tk.Never(), keep=keep, best=("eval/loss", mode), top=top)
+    return made.fit(TEN, steps=steps, eval_data=script.data, eval_every=EACH, resume=True)
+
+
+VALUES = dict(enumerate([5.0, 3.0, math.nan, 4.0, 3.0, 2.0, 9.0, 3.0, 8.0, 7.0], start=1))
+
+
+def test_the_best_three_are_kept_and_the_newest(tmp_path):
+    made = []
+    asks = Lambda(every=EACH, on_step=lambda info: made.append(steps_in(tmp_path / "checkpoints")))
+    topped(tmp_path, Script(VALUES), asks, top=3)
+    # By value: 6 (2.0), 2, 5 and 8 (3.0, of which the older stay); 10 is the newest.
+    assert steps_in(tmp_path / "checkpoints") == [2, 5, 6, 10]
+    assert trainer().restore(tmp_path, step="best").step == 6
+
+
+def test_the_largest_three(tmp_path):
+    topped(tmp_path, Script(VALUES), top=3, mode="max")
+    assert steps_in(tmp_path / "checkpoints") == [7, 9, 10]
+
+
+def test_the_best_so_far_survive_a_resume(tmp_path):
+    with pytest.raises(ConnectionError):
+        # What was evaluated at 6 was saved before the machine was gone.
+        topped(tmp_path / "a", Script(VALUES), dies_at(7), top=2)
+    script = Script(VALUES)
+    topped(tmp_path / "a", script, top=2)
+    topped(tmp_path / "b", Script(VALUES), top=2)
+    assert steps_in(tmp_path / "a" / "checkpoints") == steps_in(tmp_path / "b" / "checkpoints") == [2, 6, 10]
+
+
+def test_every_so_many_seconds(tmp_path):
+    # Any step takes longer than that.
+    saving(tmp_path, every=tk.Every(seconds=1e-9), keep=None).fit(TEN, epochs=1)
+    assert steps_in(tmp_path / "checkpoints") == list(range(1, 11))
+    saving(tmp_path / "late", every=tk.Every(seconds=1e9), keep=None).fit(TEN, epochs=1)
+    assert steps_in(tmp_path / "late" / "checkpoints") == [10]
+
+
+def test_two_for_one_folder(tmp_path):
+    made = trainer(Checkpoint(EACH), Checkpoint(TWO, weights_only=True), logdir=tmp_path)
+    with pytest.raises(ValueError, match=r"two Checkpoints save to .*checkpoints'.*give one another folder="):
+        made.fit(TEN, epochs=1)

@@ -57,3 +57,19 @@ def test_another_metric_does_not_rank():
 def test_the_newest_stay_and_the_best_beside_them(keep, best, kept):
     scores = scored("eval/loss", {10: 3.0, 20: 1.0, 30: 2.0, 40: math.nan, 50: 1.0})
     assert Retention(keep, best).kept(scores) == kept
+
+
+@pytest.mark.parametrize(
+    ("keep", "top", "kept"),
+    [
+        (1, 1, {20, 50}),
+        (1, 2, {20, 50}),  # 50 is as good as 20, and younger
+        (1, 3, {20, 30, 50}),
+        (1, 9, {10, 20, 30, 50}),  # never one that is NaN
+        (2, 3, {20, 30, 40, 50}),
+        (None, 1, {10, 20, 30, 40, 50}),
+    ],
+)
+def test_the_union_of_the_newest_and_of_the_best(keep, top, kept):
+    scores = scored("eval/loss", {10: 3.0, 20: 1.0, 30: 2.0, 40: math.nan, 50: 1.0})
+    assert Retention(keep, LOSS, top).kept(scores) == kept

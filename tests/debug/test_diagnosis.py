@@ -64,7 +64,7 @@ def diagnosed(batch, *, model=None, kind=Losses, strategy="jit", jit=True, step=
     engine = trainer._engine
     feed = engine.prepare_train(state, as_source([batch_of()]), batch_of()).feed
     fed = feed.place_group((batch_of(), batch)) if options.get("accumulate") else feed.place(batch)
-    return diagnose(engine.steps, engine.strategy, state, fed.batch, fed.mask, jit=jit)
+    return diagnose(engine.steps, engine.strategy, engine.given(), state, fed.batch, fed.mask, jit=jit)
 
 
 @pytest.mark.parametrize("jit", [True, False])

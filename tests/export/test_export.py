@@ -21,6 +21,7 @@ import safetensors.numpy
 
 import trainkit as tk
 import trainkit._core.atomic
+from tests.helpers.compilations import count_compilations
 from trainkit import export
 from trainkit.export._serialize import load as load_tree
 from trainkit.export._serialize import save as save_tree
@@ -260,22 +261,6 @@ def test_a_batch_size_compiles_once(artifact):
     assert count() == 2
 
 
-class count_compilations:
-    """Counts the programs that XLA compiles inside the context."""
-
-    def __enter__(self):
-        self.events = []
-        jax.monitoring.register_event_duration_secs_listener(self.note)
-        return lambda: len(self.events)
-
-    def note(self, event, duration, **rest):
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.events.append(event)
-
-    def __exit__(self, *error):
-        jax.monitoring.unregister_event_duration_listener(self.note)
-
-
 # Trainers -------------------------------------------------------------------------------------------------
 
 
@@ -287,7 +272,7 @@ class Linear:
 
     def _exportable(self, weights):
         self.asked.append(weights)
-        scale = {"ema": 2.0, "live": 3.0}[weights]
+        scale = {"averaged": 2.0, "live": 3.0}[weights]
         return lambda arrays, batch: {"y": batch["x"] * arrays["scale"]}, {"scale": np.float32(scale)}
 
 
@@ -295,7 +280,7 @@ def test_an_object_that_exports_itself(tmp_path):
     source, x = Linear(), images(3)
     export.save(tmp_path / "ema.tk", source, {"x": x})
     export.save(tmp_path / "live.tk", source, {"x": x}, weights="live")
-    assert source.asked == ["ema", "live"]
+    assert source.asked == ["averaged", "live"]
     assert_outputs([export.load(tmp_path / "ema.tk")({"x": images(7)})["y"]], [2 * images(7)])
     assert_outputs([export.load(tmp_path / "live.tk")({"x": images(7)})["y"]], [3 * images(7)])
 

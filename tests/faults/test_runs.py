@@ -46,7 +46,7 @@ def logged(folder, name):
     """The `(step, value)` rows of a name, which both logs must agree on."""
     tensorboard = [(event.step, event.value) for event in events(folder).Scalars(name)]
     lines = read_jsonl(folder / "metrics.jsonl")
-    jsonl = [(line["step"], line["scalars"][name]) for line in lines if name in line["scalars"]]
+    jsonl = [(line["step"], line["scalars"][name]) for line in lines if name in line.get("scalars", {})]
     assert jsonl == tensorboard
     return tensorboard
 

@@ -92,9 +92,13 @@ def assert_equal(a, b):
 
 
 def scalars_of(logdir):
-    """Returns the scalars of both logs: `{(step, name): value}` of the JSONL file and of TensorBoard's."""
+    """Returns the scalars of both logs, `{(step, name): value}`: of the JSONL file, and of TensorBoard's.
+
+    The latter has no `epoch`.
+    """
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-    pairs = [(line["step"], name, value) for line in lines for name, value in line["scalars"].items()]
+    rows = [(line["step"], line["scalars"]) for line in lines if "scalars" in line]
+    pairs = [(step, name, value) for step, scalars in rows for name, value in scalars.items()]
     jsonl = {(step, name): value for step, name, value in pairs}
     assert len(jsonl) == len(pairs), "a value stands twice in the JSONL log"
     events = EventAccumulator(str(logdir), size_guidance={"scalars": 0}).Reload()

@@ -1,7 +1,11 @@
 """One call of every method with CLU's shapes and keywords, and the folder's logs read back by TensorBoard."""
 
+import io
+
 import numpy as np
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from trainkit.writers import NullWriter
 
@@ -30,6 +34,26 @@ def events(logdir) -> EventAccumulator:
         str(logdir), size_guidance=dict.fromkeys(("scalars", "images", "tensors"), 0)
     )
     return accumulator.Reload()
+
+
+def images(logdir):
+    """Images of TensorBoard's log, `{tag: {step: pixels}}`."""
+    read = events(logdir)
+    return {
+        tag: {e.step: np.asarray(Image.open(io.BytesIO(e.encoded_image_string))) for e in read.Images(tag)}
+        for tag in read.Tags()["images"]
+    }
+
+
+def texts(logdir):
+    """Texts of TensorBoard's log, `{tag: {step: text}}`."""
+    read = events(logdir)
+    tags = [
+        tag for tag in read.Tags()["tensors"] if read.SummaryMetadata(tag).plugin_data.plugin_name == "text"
+    ]
+    return {
+        tag: {e.step: make_ndarray(e.tensor_proto).item().decode() for e in read.Tensors(tag)} for tag in tags
+    }
 
 
 class Recorder(NullWriter):

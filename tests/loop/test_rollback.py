@@ -29,7 +29,9 @@ def made(logdir, *callbacks, keepers=None, guard=EACH):
 def logged(logdir):
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     return [
-        (line["step"], line["scalars"]["train/loss"]) for line in lines if "train/loss" in line["scalars"]
+        (line["step"], line["scalars"]["train/loss"])
+        for line in lines
+        if "train/loss" in line.get("scalars", {})
     ]
 
 

@@ -10,6 +10,9 @@ import pytest
 
 from trainkit.metrics import (
     F1,
+    MAE,
+    MSE,
+    R2,
     ROCAUC,
     Accuracy,
     ConfusionMatrix,
@@ -17,6 +20,7 @@ from trainkit.metrics import (
     Perplexity,
     Precision,
     Recall,
+    Spearman,
     Std,
     TopKAccuracy,
     collecting,
@@ -62,6 +66,17 @@ REGISTRY = {
     "f1": (F1.of(CLASSES), ("logits", "labels")),
     "roc auc": (ROCAUC, ("scores", "binary as labels")),
     "roc auc of logits": (ROCAUC, ("binary_logits as logits", "binary as labels")),
+    "mae": (MAE, ("predictions", "targets")),
+    "weighted mse": (MSE.with_weights("weight"), ("predictions", "targets", "weight")),
+    "mse of columns": (MSE, ("columns as predictions", "token_losses as targets")),
+    "r2": (R2, ("predictions", "loss as labels")),
+    "weighted r2": (R2.with_weights("weight"), ("predictions", "targets", "weight")),
+    "weighted r2 of tokens": (
+        R2.with_weights("token_weights"),
+        ("columns as predictions", "token_losses as targets", "token_weights"),
+    ),
+    "spearman": (Spearman, ("predictions", "targets")),
+    "spearman of columns": (Spearman, ("columns as predictions", "token_losses as targets")),
     "median": (collecting(["loss"], lambda rows: np.median(rows["loss"])), ("loss",)),
 }
 ON_DEVICE = [n for n, (m, _) in REGISTRY.items() if not issubclass(m, clu.metrics.CollectingMetric)]
@@ -76,6 +91,9 @@ def everything(rows, seed=0):
         "weight": draw.integers(4, size=rows).astype(np.float32),
         "token_weights": draw.integers(4, size=(rows, time)).astype(np.float32),
         "token_mask": draw.random((rows, time)) < 0.7,
+        "predictions": draw.normal(size=rows).astype(np.float32),
+        "targets": draw.normal(size=rows).astype(np.float32),
+        "columns": draw.normal(size=(rows, time)).astype(np.float32),
         "logits": draw.normal(size=(rows, CLASSES)).astype(np.float32),
         "labels": draw.integers(CLASSES, size=rows).astype(np.int32),
         "token_logits": draw.normal(size=(rows, time, CLASSES)).astype(np.float32),

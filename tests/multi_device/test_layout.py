@@ -62,8 +62,8 @@ def test_a_device_holds_its_part_of_parameters_optimizer_state_and_averages(part
 def test_no_device_ever_holds_the_whole(parts):
     made = wide(tk.parallel.Mesh(fsdp=parts))
     engine, batch = made._engine, arrays(16)
-    init = engine.strategy.compile(engine.steps.init, inputs=(Role.WHOLE, Role.WHOLE), outputs=Role.STATE)
-    compiled = init.lower(jax.random.key(0), engine.strategy.replicate(batch)).compile()
+    init = engine.strategy.compile(engine.steps.init, inputs=(Role.WHOLE,) * 3, outputs=Role.STATE)
+    compiled = init.lower(engine.given(), jax.random.key(0), engine.strategy.replicate(batch)).compile()
     kernels = {
         path: sharding
         for path, sharding in jax.tree_util.tree_leaves_with_path(compiled.output_shardings.params)

@@ -70,6 +70,6 @@ def test_the_diagnosis_of_a_step(strategy, jit):
     state = trainer.init(batch)
     engine = trainer._engine
     fed = engine.prepare_train(state, as_source([batch]), batch).feed.place(batch)
-    found = diagnose(engine.steps, engine.strategy, state, fed.batch, fed.mask, jit=jit)
+    found = diagnose(engine.steps, engine.strategy, engine.given(), state, fed.batch, fed.mask, jit=jit)
     assert (found.first_module, found.inputs_finite) == ("Net/Dense_0 (__call__)", False)
     assert (found.step, found.first_leaf) == (1, "loss")

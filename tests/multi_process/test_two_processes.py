@@ -241,3 +241,21 @@ def test_compiled_programs_are_kept_where_both_processes_find_them(pair, tmp_pat
     assert second == [[programs, {}], [programs, {}]]
     assert len([*tmp_path.glob("shared/trainkit/*.program")]) == len(programs)
     assert not [*tmp_path.glob("shared/trainkit/.*")]
+
+
+def test_what_one_process_decides_holds_for_both_and_all_rows_are_counted(pair, tmp_path):
+    for index, process in enumerate(pair("control")):
+        assert ends(process, index, tmp_path, PATIENCE) == 0, log(tmp_path, index)
+    first, second = (json.loads((tmp_path / f"{index}.json").read_text()) for index in range(2))
+    # Five batches a pass; the trial, which the first process alone has, is pruned after three of them.
+    assert first[:2] == second[:2]
+    assert first[0] == 15
+    assert first[1].startswith("pruned: eval/loss is ")
+    assert first[2] == second[2] == first[1]
+    for rates in (first[3], second[3]):
+        assert 5 * rates["examples"] == pytest.approx(EXAMPLES)
+        assert 5 * rates["numbers"] == pytest.approx(sum(range(EXAMPLES)))
+    assert first[4:] == second[4:]
+    assert first[5].startswith("stop after 0.5 seconds: ")
+    (trace,) = (tmp_path / "run" / "plugins" / "profile").glob("*/*.xplane.pb")
+    assert trace.parent.name == "step_2"

@@ -21,7 +21,19 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import trainkit as tk
 from tests.engine.starts import Told
-from trainkit.callbacks import EMA, Checkpoint, EarlyStopping, Lambda, LogMetrics, Progress
+from trainkit.callbacks import (
+    EMA,
+    Checkpoint,
+    EarlyStopping,
+    Lambda,
+    LogMetrics,
+    Memory,
+    OptunaPrune,
+    Profile,
+    Progress,
+    StopAfter,
+    Throughput,
+)
 from trainkit.metrics import collecting
 from trainkit.parallel import Mesh
 
@@ -227,6 +239,36 @@ def kept(index, folder):
     (folder / f"{index}.json").write_text(json.dumps(found))
 
 
+class Trial:
+    """Is to be pruned at its third report."""
+
+    reported = 0
+
+    def report(self, value, step):
+        self.reported += 1
+
+    def should_prune(self):
+        return self.reported >= 3
+
+
+def control(index, folder):
+    """Trains until the trial of the first process is pruned, and until the time is up; says what was logged."""
+    trial = OptunaPrune(None if index else Trial(), "eval/loss")
+    throughput = Throughput(tk.Every(epochs=1), items={"numbers": "number"})
+    callbacks = [trial, throughput, Memory(tk.Every(epochs=1)), Profile(at=2, steps=2)]
+    trainer = Classifier(MLP(), optax.sgd(1e-2), callbacks=callbacks, logdir=folder / "run")
+    data = tk.data.Arrays(examples(), BATCH, shuffle=True, drop_last=False)
+    result = trainer.fit(data, epochs=9, eval_data=tk.data.Arrays(examples(1), BATCH))
+    rates = {
+        name: result.history.last(f"throughput/{name}_per_second")
+        / result.history.last("throughput/steps_per_second")
+        for name in ("examples", "numbers")
+    }
+    timed = Classifier(MLP(), optax.sgd(1e-2), callbacks=[StopAfter(seconds=0.5)]).fit(data, steps=10**9)
+    found = [result.step, result.stopped_by, trial.pruned, rates, timed.step, timed.stopped_by]
+    (folder / f"{index}.json").write_text(json.dumps(found))
+
+
 def main():
     job, index, count, port, folder = sys.argv[1], *map(int, sys.argv[2:5]), pathlib.Path(sys.argv[5])
     if count > 1:
@@ -239,7 +281,14 @@ def main():
             shutdown_timeout_seconds=SHUTDOWN,
         )
     assert jax.device_count() == 4
-    jobs = {"compare": compare, "resume": resume, "kept": kept, "endless": endless, "failing": failing}
+    jobs = {
+        "compare": compare,
+        "resume": resume,
+        "kept": kept,
+        "endless": endless,
+        "failing": failing,
+        "control": control,
+    }
     jobs[job](index, folder)
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "trainkit"
 ROWS = (
     ("_core",),
-    ("hooks", "metrics", "writers", "checkpoint", "data", "parallel", "export", "_models"),
+    ("hooks", "metrics", "writers", "checkpoint", "data", "parallel", "optim", "export", "_models"),
     ("_step",),
     ("callbacks", "_feed"),
     ("_calls",),

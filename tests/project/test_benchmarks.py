@@ -163,3 +163,11 @@ def test_gpu_measures_nothing_where_there_is_no_accelerator(benchmarks, capsys):
     with mock.patch.object(sys, "argv", ["gpu.py"]):
         runpy.run_path(str(benchmarks / "gpu.py"), run_name="__main__")
     assert "finds no accelerator" in capsys.readouterr().out
+
+
+def test_callbacks_measures_each_due_and_not_due(run):
+    rows = ["Watch, not due", "Watch, every 50 steps", "SpikeGuard, not due"]
+    text, results = run("callbacks.py", "--calls", "1", "--only", *rows)
+    agree(results["1 a call"])
+    assert list(results["1 a call"]["seconds a step"]) == ["none", "SpikeGuard, not due", *rows[:2]]
+    assert "1.01" in text

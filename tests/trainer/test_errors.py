@@ -500,6 +500,6 @@ def test_a_folder_that_another_writer_or_trainer_logs_to(tmp_path):
 
     with refused(ValueError, "another run", f"process {os.getpid()}", "another folder"):
         weight.trainer(Nested(), logdir=tmp_path).fit(numbers(1), epochs=1)
-    # One after the other is what a folder is for.
+    # It is free again, for one that starts over.
     for _ in range(2):
-        weight.trainer(logdir=tmp_path).fit(numbers(1), epochs=1)
+        weight.trainer(logdir=tmp_path, overwrite=True).fit(numbers(1), epochs=1)

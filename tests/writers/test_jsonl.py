@@ -137,3 +137,14 @@ def test_a_closed_writer_says_so(writer):
     writer.close()
     with pytest.raises(ValueError, match="closed"):
         writer.write_scalars(1, {"x": 1.0})
+
+
+def test_rewinding_to_the_start_takes_back_the_hyperparameters_too(tmp_path):
+    writer = JsonlWriter(tmp_path, clock=lambda: 0.0)
+    writer.write_hparams({"width": 3})
+    writer.write_scalars(2, {"x": 1.0})
+    writer.rewind(2, ["x"])
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
+    writer.rewind(0, ())
+    assert read_jsonl(tmp_path / "metrics.jsonl") == []
+    writer.close()

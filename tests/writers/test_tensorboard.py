@@ -378,3 +378,11 @@ def test_every_kind_lands_in_one_file(writer, tmp_path):
     assert tags["audio"] == ["audio"]
     assert tags["histograms"] == ["hist"]
     assert {"raw", "text"} <= set(tags["tensors"])
+
+
+def test_scalars_without_a_chart_are_left_out_and_nothing_else(tmp_path):
+    writer = TensorBoardWriter(tmp_path, without=("epoch",))
+    writer.write_scalars(1, {"epoch": 1})
+    writer.write_scalars(2, {"epoch": 1, "train/epoch": 2, "loss": 0.5})
+    writer.close()
+    assert sorted(events(tmp_path).Tags()["scalars"]) == ["loss", "train/epoch"]

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 
 from trainkit._calls.choice import SINGLE, Choice, Remembered, cache_folder
-from trainkit._calls.programs import Make, Programs, form_of, make_of
+from trainkit._calls.flops import flops_of
+from trainkit._calls.programs import Make, Programs, form_of, make_of, spec_of_call
 from trainkit._calls.tuner import Tuner, is_candidate
 from trainkit._core.typing import PyTree
 from trainkit._feed.feed import Fed
@@ -53,6 +54,8 @@ class Calls:
         self._tuners: dict[tuple[Any, ...], Tuner] = {}
         self._tuner: Tuner | None = None
         self._make: Make | None = None
+        self._example: Any = None
+        self._flops: float | None = None
 
     @property
     def choice(self) -> Choice | None:
@@ -68,7 +71,7 @@ class Calls:
             said = str(choice)
             if choice.size > 1:
                 said += f", {choice.size * self._tuner.programs.bytes:,} bytes of batches a call"
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(self._held))
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(self._held[-1:]))
         return f"{said}; {held:,} bytes of data on the device" if held else said
 
     def begin(self, given: Choice | None, steps: float | None, held: PyTree = NOTHING) -> None:
@@ -77,15 +80,30 @@ class Calls:
         Args:
             given: the choice of the run that is resumed, None to find one.
             steps: that the fit is going to run, None where it is not known.
-            held: data on the device from which steps pick the rows that they are given the numbers of.
+            held: what steps are given at each call: beside state and batch, and data on the device from which they
+                pick the rows that they are given the numbers of.
         """
         self._held = held
         # A number of steps that the user gave leaves nothing open.
         self._given = given if self._settings.steps_per_call is None else None
         self._remaining, self._tuner = steps or 0, None
 
+    def hold(self, held: PyTree) -> bool:
+        """Has steps be given something else from now on; says whether they are another program, to be opened anew.
+
+        Such a program is called as the one before.
+        """
+        if jax.tree.structure(held) == jax.tree.structure(self._held):
+            return False
+        if self._settings.steps_per_call is None and self.choice is not None:
+            self._given = self.choice
+        self._held, self._tuner = held, None
+        return True
+
     def open(self, raw: Any, packed: Any, first: Fed) -> None:
         """Begins a pass over the data, whose first batch is `first`: most batches are expected to be of its make."""
+        if self._example is None and make_of(first) is not None:
+            self._example = spec_of_call(raw, packed, self._held, first)
         if self._alone:
             return
         self._make = make_of(first)
@@ -102,6 +120,13 @@ class Calls:
             self._settle(known)
             known.expect(self._remaining)
         known.resume()
+
+    def flops(self) -> float | None:
+        """Returns the floating point operations of one step on all devices, None where they can't be known."""
+        if self._flops is None and self._example is not None and isinstance(self._single, jax.stages.Wrapped):
+            replicas = 1 if self._strategy.replica_axis is None else self._strategy.shards
+            self._flops = flops_of(self._single, self._example, replicas) or 0.0
+        return self._flops or None
 
     def room(self, left: float) -> int:
         """Returns how many steps the next call takes when `left` steps may run before the host has anything to do."""
@@ -124,6 +149,11 @@ class Calls:
         if tuner is not None and tuner.choice is None:
             tuner.ran(len(feds), packed)
         return raw, packed
+
+    def probed(self, run: Callable[..., Any], raw: Any, packed: Any, fed: Fed) -> tuple[Any, Any, Any]:
+        """Runs one step by a program that returns something beside what all do; it takes no part in any measurement."""
+        self.pause()
+        return run(raw, packed, self._held, fed.batch, fed.mask)
 
     def pause(self) -> None:
         """Tells that the host does something else than dispatching steps."""

@@ -70,6 +70,11 @@ def form_of(tree: PyTree) -> Any:
     return structure, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
 
 
+def spec_of_call(raw: Any, packed: Any, held: Any, example: Fed) -> Any:
+    """Returns shapes, dtypes and layouts of what a step is called with."""
+    return jax.tree.map(_spec, (raw, packed, held, example.batch, example.mask))
+
+
 class Programs:
     """The compiled calls for batches of one make.
 
@@ -80,7 +85,7 @@ class Programs:
         example: a batch of the make.
         raw: the train state, with its key raw.
         packed: the carried metrics.
-        held: data on the device, from which steps pick rows.
+        held: what steps are given at each call.
     """
 
     def __init__(
@@ -95,7 +100,7 @@ class Programs:
     ) -> None:
         self._step, self.single, self._strategy = step, single, strategy
         # Shapes and layouts are all that lowering needs: the first call takes the buffers.
-        self._example = jax.tree.map(_spec, (raw, packed, held, example.batch, example.mask))
+        self._example = spec_of_call(raw, packed, held, example)
         device_set = jax.tree.leaves(raw)[0].sharding.device_set
         self._device = next(iter(device_set))
         make = make_of(example)

@@ -1,5 +1,6 @@
 """`StepContext`, what a loss is told about the step it runs in."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -17,6 +18,8 @@ class StepContext:
             it behind every stream it asks for, as in `apply(rngs={name: rng})`.
         mask: `bool[batch]`, False for rows that only pad the batch; `bool[1]` where a batch is one unit.
         params: the parameters in their own dtype under any precision; `{}` at initialisation, when there are none.
+        frozen: the arrays of `Trainer(frozen=)`, neither trained nor saved.
+        hparams: the numbers of `Trainer(hparams=)`, each `float32[]`, nested as they were given.
     """
 
     train: bool = flax.struct.field(pytree_node=False)
@@ -24,3 +27,5 @@ class StepContext:
     rng: jax.Array
     mask: jax.Array
     params: Any = flax.struct.field(default_factory=dict)
+    frozen: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    hparams: Mapping[str, Any] = flax.struct.field(default_factory=dict)

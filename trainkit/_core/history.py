@@ -56,6 +56,23 @@ class History(Mapping[str, list[tuple[int, float]]]):
         """Returns the newest value of `name`."""
         return self._named(name)[1][-1]
 
+    def best(self, name: str, mode: str) -> tuple[int, float] | None:
+        """Returns step and value of the best of `name`, of equal ones the first; None where no value is a number.
+
+        Args:
+            name: in the log.
+            mode: "min" where less is better, "max" where more is.
+        """
+        if mode not in ("min", "max"):
+            raise ValueError(f'mode={mode!r}: the choices are "min" and "max".')
+        steps, values = self._named(name)
+        found = np.array(values, np.float64)
+        numbers = ~np.isnan(found)
+        if not numbers.any():
+            return None
+        at = int(np.argmin(np.where(numbers, found if mode == "min" else -found, np.inf)))
+        return steps[at], values[at]
+
     def rewind(self, step: int) -> None:
         """Forgets what was logged after `step`, and names under which nothing is left."""
         series = {}

@@ -39,6 +39,12 @@ def peak_bytes(jaxpr: Any) -> int:
     return most
 
 
+def inputs_read(jaxpr: Any) -> list[bool]:
+    """Returns of each input whether anything is computed from it, or it is a result."""
+    read = {var for eqn in jaxpr.eqns for var in _variables(eqn.invars)} | set(_variables(jaxpr.outvars))
+    return [var in read for var in jaxpr.invars]
+
+
 def _operations(jaxpr: Any) -> set[str]:
     inner = (_operations(one) for eqn in jaxpr.eqns for one in jex.jaxprs_in_params(eqn.params))
     return {eqn.primitive.name for eqn in jaxpr.eqns}.union(*inner)

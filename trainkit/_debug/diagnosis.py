@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from trainkit._core.state import TrainState, key_impl, with_raw_key, with_typed_key
 from trainkit._core.typing import Batch, PyTree
+from trainkit._step.given import Given
 from trainkit._step.steps import Steps
 from trainkit.hooks._nan_guard import not_finite
 from trainkit.parallel._strategy import Role, Strategy
@@ -64,13 +65,21 @@ class Diagnosis:
 
 
 def diagnose(
-    steps: Steps, strategy: Strategy, state: TrainState, batch: Batch, mask: Any, *, jit: bool = True
+    steps: Steps,
+    strategy: Strategy,
+    given: Given | None,
+    state: TrainState,
+    batch: Batch,
+    mask: Any,
+    *,
+    jit: bool = True,
 ) -> Diagnosis:
     """Runs one training step up to the update, hooks left out, and says where it stopped being finite.
 
     Args:
         steps: of the trainer.
         strategy: of the trainer.
+        given: what the step is given beside state and batch.
         state: before the step, laid out; it is not donated.
         batch: placed, as the step takes it: a tuple of batches where gradients are accumulated.
         mask: as the step takes it.
@@ -78,17 +87,21 @@ def diagnose(
     """
     impl, calls, leaves = key_impl(state), _Calls(), list[str]()
 
-    def run(state: TrainState, batch: Batch, mask: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def run(
+        given: Given | None, state: TrainState, batch: Batch, mask: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         with steps.model.intercepting(calls):
             before = with_typed_key(state, impl)
-            values = steps.attempt(before, batch, mask).told(before)
+            values = steps.attempt(given, before, batch, mask).told(before)
         found = not_finite(values)
         leaves[:] = found  # a compiled step returns a dictionary sorted, and the order is what is asked for
         return values.loss, found
 
-    compiled = strategy.compile(run, inputs=(Role.STATE, Role.ROWS, Role.ROWS), outputs=Role.WHOLE)
+    compiled = strategy.compile(
+        run, inputs=(Role.WHOLE, Role.STATE, Role.ROWS, Role.ROWS), outputs=Role.WHOLE
+    )
     with contextlib.nullcontext() if jit else jax.disable_jit():
-        loss, found = strategy.fetch(compiled(with_raw_key(state), batch, mask))
+        loss, found = strategy.fetch(compiled(given, with_raw_key(state), batch, mask))
     jax.effects_barrier()  # what the modules told arrives on a way of its own
     first = calls.first()
     return Diagnosis(

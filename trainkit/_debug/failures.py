@@ -25,11 +25,12 @@ from trainkit._core.state import TrainState
 from trainkit._core.typing import Batch
 from trainkit._engine.engine import Engine
 from trainkit._feed.feed import Fed
+from trainkit._feed.resident import Supply
 from trainkit._resume.restore import arrays_of
 from trainkit._resume.saved import meta_of
 from trainkit.checkpoint._encoding import decode, encode
 from trainkit.checkpoint._store import Contents, Store
-from trainkit.data._batch import unpad
+from trainkit.data._batch import check_batch, unpad
 from trainkit.data._source import Source
 
 _PASSES_KNOWN = 64
@@ -58,15 +59,19 @@ class Failures:
         """Notes a step and a place in the data from which steps and batches go side by side."""
         self._trail.append((step, position.epoch, position.batch))
 
-    def note(self, step: int, feds: Sequence[Fed], error: Exception) -> None:
-        """Notes that a call raised `error` which took `feds`, the first of them for `step`."""
+    def note(self, step: int, feds: Sequence[Fed], error: Exception, supply: Supply) -> None:
+        """Notes that a call raised `error` which took `feds` of `supply`, the first of them for `step`."""
         if isinstance(error, FloatingPointError):
             error.add_note(
                 f"trainkit: this was step {step}, and trainer.state is the one before it. Without jax.debug_nans, "
                 'tk.callbacks.NanGuard("raise") finds such a step at no such price and keeps its batch for '
                 'trainer.replay; NanGuard("skip") passes over it, NanGuard("rollback") returns to a checkpoint.'
             )
+        feds = [fed._replace(batch=supply.read(fed.batch)) for fed in feds]
         self._failing = list(enumerate(feds, start=step))
+        if isinstance(error, TypeError):
+            for fed in feds:  # names the leaf that no step can take, where that was the reason
+                check_batch(fed.batch)
 
     def keep(self, error: BaseException, state: TrainState) -> None:
         """Writes down what there is of the step that `error` came from; never raises.

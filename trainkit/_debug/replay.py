@@ -92,10 +92,12 @@ class Replay:
         first = self._next(groups, int(state.step) + 1)
         assert self._source is not None
         prepared = self._engine.prepare_train(state, self._source, first[0])
-        raw, packed = with_raw_key(state), prepared.empty
-        for group in itertools.chain([first], itertools.islice(groups, steps - 1)):
-            fed = self._placed(prepared.feed, group)
-            raw, packed = prepared.step(raw, packed, NOTHING, fed.batch, fed.mask)
+        raw, packed, first_step = with_raw_key(state), prepared.empty, int(state.step)
+        for step, group in enumerate(
+            itertools.chain([first], itertools.islice(groups, steps - 1)), first_step
+        ):
+            fed, held = self._placed(prepared.feed, group), self._engine.held(NOTHING, step)
+            raw, packed = prepared.step(raw, packed, held, fed.batch, fed.mask)
         return with_typed_key(raw, key_impl(state))
 
     def _diagnose(self, state: TrainState, batches: list[Batch], jit: bool) -> Diagnosis:
@@ -103,7 +105,9 @@ class Replay:
         source = as_source(batches, units=units) if self._source is None else self._source
         feed = self._engine.prepare_train(state, source, batches[0]).feed
         fed = self._placed(feed, batches)
-        return diagnose(self._engine.steps, self._engine.strategy, state, fed.batch, fed.mask, jit=jit)
+        engine = self._engine
+        given, _ = engine.held(NOTHING, int(state.step))
+        return diagnose(engine.steps, engine.strategy, given, state, fed.batch, fed.mask, jit=jit)
 
     def _placed(self, feed: Any, group: list[Batch]) -> Any:
         return feed.place(group[0]) if self._accumulate == 1 else feed.place_group(tuple(group))

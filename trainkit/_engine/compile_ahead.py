@@ -33,7 +33,7 @@ def compile_ahead(
     state = engine.init_spec(first)
     supply = engine.supply(source)
     prepared = engine.prepare_train(state, source, first, rows)
-    jobs = [_job(prepared, state, supply.like(first), supply.held)]
+    jobs = [_job(prepared, state, supply.like(first), engine.held(supply.held, 0))]
     for evaluation in evaluations.values():
         batch = next(engine.batches(evaluation, 0), None) if evaluation.seekable else None
         if batch is not None:

@@ -119,7 +119,9 @@ def step_bytes(steps: Steps, batch: Batch) -> int:
         batch: leaves `[batch, ...]` with shape and dtype.
     """
     spec = jax.tree.map(_spec, batch)
-    state = jax.eval_shape(steps.init, jax.eval_shape(lambda: jax.random.key(0)), spec)
+    state = jax.eval_shape(
+        steps.init, steps.constants.spec(), jax.eval_shape(lambda: jax.random.key(0)), spec
+    )
     return peak_bytes(steps.trace(state, spec).jaxpr.jaxpr)
 
 

@@ -1,9 +1,9 @@
 """The compiled steps of one trainer, made at first use and kept. Owns compilation; not the order of calls."""
 
+import dataclasses
 import functools
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import clu.metrics
@@ -13,27 +13,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainkit._calls.calls import ONE_BY_ONE, Calls, CallSettings
-from trainkit._core.state import TrainState, key_impl, with_raw_key
+from trainkit._core.state import TrainState, key_impl, key_of, with_raw_key
 from trainkit._core.tree import copy_arrays, describe, differences, is_key, signature
 from trainkit._core.typing import Batch, PyTree
 from trainkit._engine.applied import KeptByFunction, check_applied
 from trainkit._engine.eval_loop import LoopedFeed, looped
+from trainkit._engine.exported import predicting
 from trainkit._engine.padding import PaddingCheck
 from trainkit._engine.prepared import Prepared
+from trainkit._engine.sources import Sources
+from trainkit._engine.supplied import Supplied
 from trainkit._engine.updates import check_updated
+from trainkit._engine.views import Views
 from trainkit._feed.feed import Feed, SharedFeed, UnitFeed, no_rows
-from trainkit._feed.leaves import Parted, Warned, parted, wide_leaves
-from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
-from trainkit._feed.stream import Stream
+from trainkit._feed.leaves import parted
+from trainkit._feed.resident import pick
 from trainkit._step.checks import explained_errors
-from trainkit._step.inspection import Traits, inspect_eval, inspect_train
+from trainkit._step.given import Given
+from trainkit._step.inspection import Traits, inspect_eval, inspect_probed, inspect_train
+from trainkit._step.probes import ProbedSteps
+from trainkit._step.statistics import Measured
 from trainkit._step.steps import Steps
 from trainkit.data._arrays import Arrays
 from trainkit.data._batch import GlobalBatch, batch_size_of, check_batch, spec_of, unpad
 from trainkit.data._source import Source
-from trainkit.hooks._ema import find_ema, view
 from trainkit.hooks._loss_scale import SkippedUpdates
+from trainkit.hooks._probe import StepProbe
+from trainkit.hooks._view import View
 from trainkit.metrics._accumulator import Accumulator
+from trainkit.optim._stages import Stages
 from trainkit.parallel._strategy import Role, Strategy
 
 
@@ -46,7 +54,7 @@ def _with_loss_scale(collection: type[clu.metrics.Collection]) -> type[clu.metri
     return flax.struct.dataclass(type(collection.__name__, (collection,), {"__annotations__": extra}))
 
 
-class Engine:
+class Engine(Sources):
     """Compiles the pure steps under a strategy."""
 
     def __init__(
@@ -56,24 +64,29 @@ class Engine:
         collection: type[clu.metrics.Collection],
         *,
         scaled: bool,
+        views: Sequence[View] = (),
         settings: CallSettings = ONE_BY_ONE,
+        stages: Stages | None = None,
+        probes: tuple[StepProbe, ...] = (),
     ) -> None:
-        self.steps, self.strategy = steps, strategy
+        super().__init__(steps, strategy)
+        self.stages = stages
+        self.views, self._probed = Views(views, strategy), ProbedSteps(steps, probes)
         self._collections = {"training": _with_loss_scale(collection) if scaled else collection}
         self._collections["evaluation"] = collection
         self._prepared: dict[tuple[Any, ...], tuple[Callable[..., Any], Accumulator, PyTree, Calls]] = {}
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._applied = KeptByFunction()
+        self.train_spec: Any = None  # shapes and dtypes of the last training batch that was looked at
+        self.others: dict[type[clu.metrics.Collection], Engine] = {}  # that evaluate by other metrics
         self._announced: set[str] = set()
         self._settings = settings
         self._last_calls: Calls | None = None
         self._traits: dict[tuple[Any, ...], Traits] = {}
         self._expected: dict[str, threading.Event] = {}
-        self._held_spec: dict[str, str] | None = None
         self.padding = PaddingCheck(steps, strategy)
         # The checkpoint that a state was made of before a batch could tell what the model is.
         self.unproven: str | None = None
-        self._warned, self._looked_at = Warned(), weakref.WeakSet[Arrays]()
 
     def expect(self, **kinds: threading.Event) -> None:
         """Notes that steps of some kinds are being compiled, and when that is done."""
@@ -83,48 +96,6 @@ class Engine:
         """Waits until the steps of a kind are compiled, where that is under way: it would be done twice."""
         if kind in self._expected:
             self._expected.pop(kind).wait()
-
-    def batches(self, source: Source, epoch: int, start: int = 0) -> Iterator[Any]:
-        """Returns the batches of an epoch as a feed takes them: `GlobalBatch` where processes share the work."""
-        if self.steps.units:
-            return source.kept_batches(epoch, start)
-        if self.strategy.processes == 1:
-            batches = source.kept_batches(epoch, start)
-            if not isinstance(source, Arrays) or not source.is_numeric:
-                return Parted(batches, self._warned)
-            if source not in self._looked_at:
-                self._looked_at.add(source)
-                leaves = jax.tree.leaves(source.tree)
-                for name, index in wide_leaves(source.tree):
-                    self._warned.check_wide(name, leaves[index])
-            return batches
-        return iter(source.global_batches(epoch, start))
-
-    def open(
-        self, source: Source, epoch: int, start: int = 0, place: Mapping[str, Any] | None = None
-    ) -> Iterator[Any]:
-        """Returns the batches of a pass to train on: a `Stream` where the source can't seek.
-
-        Args:
-            source: of the batches.
-            epoch: the number of the pass, from 0.
-            start: index of the first batch.
-            place: see `Stream`.
-        """
-        if source.seekable:
-            return self.batches(source, epoch, start)
-        return Stream(source, epoch, start, place, in_parts=self.strategy.processes > 1, warned=self._warned)
-
-    def supply(self, source: Source) -> Supply:
-        """Says how the batches of a training source get to the step."""
-        whole = Supply(NOTHING, functools.partial(self.open, source))
-        arrays = can_hold(source, self.strategy)
-        if arrays is None:
-            return whole
-        spec = signature(arrays.tree)
-        # To hold data of another size is another program; the one for batches fits them all.
-        self._held_spec = self._held_spec or spec
-        return Supply(arrays.tree, arrays.row_numbers) if spec == self._held_spec else whole
 
     def init(self, seed: int, batch: Batch | GlobalBatch) -> TrainState:
         """Returns a fresh state on the devices, initialised by one compiled program."""
@@ -136,17 +107,28 @@ class Engine:
                 # Each process reads its rows; the devices, not the hosts, put them together.
                 feed = SharedFeed(self.strategy, rows=rows, may_be_partial=False, exact=True, what="first")
                 batch = unpad(feed.place(batch).batch, rows)
-            return self._init(self.strategy.replicate(jax.random.key(seed)), self.strategy.replicate(batch))
+            return self._init(self.given(), *self.strategy.replicate((jax.random.key(seed), batch)))
 
     def init_spec(self, batch: Batch | GlobalBatch) -> TrainState:
         """Returns the shapes and dtypes of what `init` returns, without computing it."""
         check_batch(spec_of(batch))
         with explained_errors():
-            return jax.eval_shape(self._init, jax.random.key(0), spec_of(batch))
+            return jax.eval_shape(self._init, self.steps.constants.spec(), jax.random.key(0), spec_of(batch))
 
     @functools.cached_property
     def _init(self) -> Callable[..., TrainState]:
-        return self.strategy.compile(self.steps.init, inputs=(Role.WHOLE, Role.WHOLE), outputs=Role.STATE)
+        return self.strategy.compile(self.steps.init, inputs=(Role.WHOLE,) * 3, outputs=Role.STATE)
+
+    def given(self) -> Given | None:
+        """Returns what steps are given beside state and batch, on the devices; None where that is nothing."""
+        return self.steps.constants.placed(self.strategy)
+
+    def held(self, data: PyTree, step: int) -> tuple[Given | None, PyTree]:
+        """Returns the third argument of the training step after `step`: what it is given, and data to pick rows of."""
+        given, stages = self.given(), self.stages
+        if stages is not None:
+            given = dataclasses.replace(given or Given(), held_back=stages.held_back(step))
+        return given, data
 
     def complete(self, state: TrainState, seed: int) -> TrainState:
         """Returns `state` on the devices, with the key and the memory of step hooks that it may lack.
@@ -210,6 +192,7 @@ class Engine:
             least_rows: to how many rows batches are padded at least, where padding is exact.
         """
         first, rows = self._first_spec(first, "training")
+        self.train_spec = first
         self._prove(state, first)
         traits = self._inspect("training", inspect_train, state, first)
         exact, why = traits.per_example and not state.batch_stats, "the model keeps batch statistics"
@@ -222,16 +205,24 @@ class Engine:
             what="training",
             why=why,
         )
-        compiled = functools.partial(
-            self.strategy.compile,
+        step = functools.partial(_from_held, self.steps.train)
+        prepared = self._prepare("training", step, self._compiled_train, state, traits, feed)
+        self._last_calls = prepared.calls
+        if self._probed:
+            self._inspect("probed training", functools.partial(inspect_probed, self._probed), state, first)
+            pure = functools.partial(_from_held, self._probed.train, prepared.accumulator, key_impl(state))
+            program = self._kept(("probed", prepared.step), lambda: self._compiled_train(pure, Role.WHOLE))
+            prepared = prepared._replace(probed=program)
+        return prepared
+
+    def _compiled_train(self, step: Callable[..., Any], *more: Role) -> Callable[..., Any]:
+        return self.strategy.compile(
+            step,
             inputs=(Role.STATE, Role.WHOLE, Role.WHOLE, self._rows, self._rows),
-            outputs=(Role.STATE, Role.WHOLE),
+            outputs=(Role.STATE, Role.WHOLE, *more),
             # Where JAX looks at every result, it raises after the arguments are gone: the state is to be left whole.
             donate=() if _debugs_numbers() else (0,),
         )
-        prepared = self._prepare("training", self._train, compiled, state, traits, feed)
-        self._last_calls = prepared.calls
-        return prepared
 
     def prepare_eval(self, state: TrainState, source: Source, first: Batch | GlobalBatch) -> Prepared:
         """Returns the evaluation step for `source`, as `prepare_train`."""
@@ -250,19 +241,24 @@ class Engine:
         arrays = self._looped_over(source, prepared.accumulator, traits)
         if arrays is not None:
             feed = LoopedFeed(self.strategy, rows)
-            step, batches = self._in_loop(prepared.step, rows, exact), arrays.pieces(0, feed.examples)
+            evaluation: Any = prepared.step
+            step, batches = self._in_loop(evaluation, rows, exact), arrays.pieces(0, feed.examples)
             prepared = prepared._replace(step=step, feed=feed, batches=batches)
         self.wait_for("evaluation")
         zero = self.strategy.replicate(jnp.zeros((), jnp.int32))
         return prepared._replace(empty=(prepared.empty, zero))
 
     def _compiled_eval(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        inputs, outputs = (Role.STATE, Role.WHOLE, self._rows, self._rows), (Role.WHOLE, self._rows)
-        return self.strategy.compile(step, inputs=inputs, outputs=outputs)
+        inputs = (Role.WHOLE, Role.STATE, Role.WHOLE, self._rows, self._rows)
+        return self._supplied(step, inputs=inputs, outputs=(Role.WHOLE, self._rows))
 
-    def _in_loop(self, step: Callable[..., Any], rows: int, masked: bool) -> Callable[..., Any]:
+    def _supplied(self, step: Callable[..., Any], **roles: Any) -> Supplied:
+        """Returns `step(given, ...)` compiled, to be called without `given`."""
+        return Supplied(self.strategy.compile(step, **roles), self.given)
+
+    def _in_loop(self, step: Supplied, rows: int, masked: bool) -> Callable[..., Any]:
         key = ("looped", step, rows, masked)
-        return self._kept(key, lambda: self._compiled_eval(looped(step, rows, masked=masked)))
+        return self._kept(key, lambda: self._compiled_eval(looped(step.program, rows, masked=masked)))
 
     def _kept(self, key: tuple[Any, ...], make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         """Returns the program under `key`, made at first use. Kept here, and so no longer than this engine."""
@@ -295,6 +291,19 @@ class Engine:
         feed = self._feed(rows=rows, may_be_partial=True, exact=True, what="prediction")
         return self._predict(key_impl(state)), feed
 
+    def prepare_statistics(
+        self, state: TrainState, source: Source, first: Batch | GlobalBatch
+    ) -> tuple[Callable[..., Measured], Feed]:
+        """Returns the step that measures batch statistics and the feed for `source`; no batch is padded."""
+        first, rows = self._first_spec(first, "statistics")
+        self._prove(state, first)
+        options = {"rows": rows, "may_be_partial": source.may_be_partial, "exact": False}
+        feed = self._feed(**options, what="statistics", why="the model keeps batch statistics")
+        roles = {"inputs": (Role.WHOLE, Role.STATE, self._rows, self._rows), "outputs": Role.WHOLE}
+        impl = key_impl(state)
+        step = functools.partial(self.steps.statistics, impl)
+        return self._kept(("statistics", impl), lambda: self._supplied(step, **roles)), feed
+
     def applied(
         self, state: TrainState, fn: Callable[..., Any], args: tuple[Any, ...], rng: jax.Array | int | None
     ) -> PyTree:
@@ -317,33 +326,18 @@ class Engine:
             return program(bare, *self.strategy.replicate((args, rng)))
 
     def _compiled_applied(self, impl: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-        inputs = (Role.STATE, Role.WHOLE, Role.WHOLE)
+        inputs = (Role.WHOLE, Role.STATE, Role.WHOLE, Role.WHOLE)
         step = functools.partial(self.steps.applied, impl, fn)
-        return self.strategy.compile(step, inputs=inputs, outputs=Role.WHOLE)
+        return self._supplied(step, inputs=inputs, outputs=Role.WHOLE)
 
     def prediction(self, state: TrainState) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:
-        """Returns a pure function of `(state, batch)` that predicts on one device, and the state it takes."""
-        impl, axis = key_impl(state), self.strategy.replica_axis
-
-        def predict(state: TrainState, batch: Batch) -> PyTree:
-            return self.steps.prediction(impl, state, batch, None)
-
-        bare = with_raw_key(state.replace(opt_state=(), hooks={}))
-        return (predict if axis is None else _as_only_replica(predict, axis)), bare
+        """Returns a pure function of `(arrays, batch)` that predicts on one device, and the arrays it takes."""
+        return predicting(self.steps, self.given(), state, self.strategy.replica_axis)
 
     def module(self, state: TrainState) -> Any:
         """Returns the module with copies of the variables in `state`."""
-        return self.steps.model.module(
-            copy_arrays(state.variables), jax.random.fold_in(state.rng, state.step)
-        )
-
-    def averaged(self, state: TrainState) -> TrainState:
-        """Returns `state` with the averaged weights in place where a callback keeps an average, else `state`."""
-        memory = find_ema(state)
-        if memory is None:
-            return state
-        params, stats = self._read_average(with_raw_key(state.replace(opt_state=(), hooks={})), memory)
-        return state.replace(params=params, batch_stats=stats)
+        key = jax.random.fold_in(key_of(state), state.step)
+        return self.steps.model.module(copy_arrays(state.variables), key)
 
     def training_metrics(self) -> Accumulator:
         """Returns an accumulator of the training metrics, which no step has specified yet."""
@@ -352,11 +346,6 @@ class Engine:
     def describe_calls(self) -> str:
         """Returns in a few words how training steps are put into calls and what they are given."""
         return "open until the first fit" if self._last_calls is None else self._last_calls.describe()
-
-    def _train(
-        self, accumulator: Accumulator, impl: str, raw: Any, packed: Any, held: Any, handed: Any, mask: Any
-    ) -> tuple[Any, Any]:
-        return self.steps.train(accumulator, impl, raw, packed, pick(held, handed), mask)
 
     @property
     def _rows(self) -> Role:
@@ -379,24 +368,16 @@ class Engine:
         return kind(self.strategy, announced=self._announced, **options)
 
     def _predict(self, impl: str) -> Callable[..., Any]:
-        roles = {"inputs": (Role.STATE, self._rows, self._rows), "outputs": self._rows}
+        roles = {"inputs": (Role.WHOLE, Role.STATE, self._rows, self._rows), "outputs": self._rows}
         step = functools.partial(self.steps.predict, impl)
-        return self._kept(("predict", impl), lambda: self.strategy.compile(step, **roles))
-
-    @functools.cached_property
-    def _read_average(self) -> Callable[..., Any]:
-        def read(state: TrainState, memory: Any) -> tuple[PyTree, PyTree]:
-            averaged = view(state, memory)
-            return averaged.params, averaged.batch_stats
-
-        return self.strategy.compile(read, inputs=(Role.STATE, Role.STATE), outputs=(Role.STATE, Role.STATE))
+        return self._kept(("predict", impl), lambda: self._supplied(step, **roles))
 
     def _inspect(self, kind: str, inspect: Callable[..., Traits], state: TrainState, batch: Batch) -> Traits:
         # A look at the step traces it; every evaluation of a fit asks for one.
         leaves, structure = jax.tree.flatten((state, batch))
         key = (kind, structure, *map(describe, leaves))
         if key not in self._traits:
-            self._traits[key] = inspect(self.steps, self.strategy, state, batch)
+            self._traits[key] = inspect(self.steps, self.strategy, self.given(), state, batch)
         return self._traits[key]
 
     def _prepare(
@@ -423,6 +404,20 @@ class Engine:
         return Prepared(run, accumulator, empty, feed, calls)
 
 
+def _from_held(
+    train: Callable[..., Any],
+    accumulator: Accumulator,
+    impl: str,
+    raw: Any,
+    packed: Any,
+    held: Any,
+    handed: Any,
+    mask: Any,
+) -> Any:
+    given, data = held
+    return train(accumulator, impl, given, raw, packed, pick(data, handed), mask)
+
+
 def _debugs_numbers() -> bool:
     """Says whether JAX was told to raise at the first number that is not finite (`jax.debug_nans`)."""
     config: Any = jax.config
@@ -432,13 +427,3 @@ def _debugs_numbers() -> bool:
 def _strong(new: Any, old: Any) -> Any:
     """Returns `new` as an array that is strongly typed."""
     return new if is_key(old) else jnp.asarray(new, old.dtype)
-
-
-def _as_only_replica(fn: Callable[..., PyTree], axis: str) -> Callable[..., PyTree]:
-    """Returns `fn` with the axis of the replicas bound, of size 1."""
-
-    def alone(*args: Any) -> PyTree:
-        mapped = jax.vmap(lambda _, *inner: fn(*inner), in_axes=(0, *(None for _ in args)), axis_name=axis)
-        return jax.tree.map(lambda leaf: leaf[0], mapped(jnp.zeros(1), *args))
-
-    return alone

@@ -24,21 +24,23 @@ def looped(step: Callable[..., Any], rows: int, *, masked: bool) -> Callable[...
     """Returns `step` for many batches one after another; traced.
 
     Args:
-        step: `step(state, carry, batch, mask) -> (carry, collected)`, of which nothing is collected.
+        step: `step(given, state, carry, batch, mask) -> (carry, collected)`, of which nothing is collected.
         rows: of a batch.
         masked: whether it takes a mask.
 
     Returns:
-        `run(state, carry, batches, examples) -> (carry, {})`, of leaves `[batches * rows, ...]`, the first `examples`
-        of them real: `int32[]`.
+        `run(given, state, carry, batches, examples) -> (carry, {})`, of leaves `[batches * rows, ...]`, the first
+        `examples` of them real: `int32[]`.
     """
 
-    def run(state: Any, carry: Any, batches: Batch, examples: jax.Array) -> tuple[Any, dict[str, Any]]:
+    def run(
+        given: Any, state: Any, carry: Any, batches: Batch, examples: jax.Array
+    ) -> tuple[Any, dict[str, Any]]:
         def at(index: jax.Array, carry: Any) -> Any:
             first = index * rows
             batch = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, rows), batches)
             mask = jnp.arange(rows) < examples - first if masked else None
-            return step(state, carry, batch, mask)[0]
+            return step(given, state, carry, batch, mask)[0]
 
         return jax.lax.fori_loop(0, -(-examples // rows), at, carry), {}
 

@@ -45,7 +45,7 @@ class PaddingCheck:
             step: updates completed.
             raw: the state after them, its key raw.
             impl: of that key.
-            held: data on the device.
+            held: what training steps are given, and data on the device.
             handed: the batch, or the numbers of its rows in `held`.
         """
         if not self._is_due("training", lambda: step):
@@ -82,7 +82,8 @@ class PaddingCheck:
 
     def _row_losses(self, impl: str) -> Callable[..., dict[str, jax.Array]]:
         def losses(raw: TrainState, held: PyTree, handed: Any, mask: Any) -> dict[str, jax.Array]:
-            return self._steps.row_losses(impl, raw, pick(held, handed), mask)
+            given, data = held
+            return self._steps.row_losses(impl, given, raw, pick(data, handed), mask)
 
         inputs = (Role.STATE, Role.WHOLE, Role.ROWS, Role.ROWS)
         return self._strategy.compile(losses, inputs=inputs, outputs=Role.ROWS)

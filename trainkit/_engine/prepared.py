@@ -18,6 +18,7 @@ class Prepared(NamedTuple):
         empty: what the carried metrics start from, on the devices.
         feed: places the batches.
         calls: dispatches training steps, one or several at a time.
+        probed: the training step that returns the values of probes as well, None where there are none.
         batches: what the feed takes in place of the batches of the source.
     """
 
@@ -26,4 +27,5 @@ class Prepared(NamedTuple):
     empty: PyTree
     feed: Feed
     calls: Calls
+    probed: Callable[..., Any] | None = None
     batches: Iterator[Any] | None = None

@@ -49,8 +49,9 @@ class Block(Sequence[Fed]):
 class RowIntake:
     """As `Intake`, for data that are held: full batches are taken many at a time, at the price of one."""
 
-    def __init__(self, numbers: RowNumbers, place: Callable[[Any], Fed]) -> None:
-        self._numbers, self._place = numbers, place
+    def __init__(self, numbers: RowNumbers, place: Callable[[Any], Fed], *, keeps: bool = False) -> None:
+        self._numbers, self._place, self._keeps = numbers, place, keeps
+        self.taken: Sequence[Any] = ()
 
     def more(self) -> bool:
         """Says whether there is another batch."""
@@ -73,9 +74,12 @@ class RowIntake:
         """Returns the next batches, as `Intake.take`."""
         first, count = self.first(), min(most, self._numbers.full)
         if count < 2 or not together(first):
-            next(self._numbers)
+            rows = next(self._numbers)
+            self.taken = [rows] if self._keeps else ()
             return [first]
-        return Block(self._numbers.take(count), first.mask)
+        rows = self._numbers.take(count)
+        self.taken = list(rows) if self._keeps else ()
+        return Block(rows, first.mask)
 
 
 class Intake:
@@ -85,10 +89,17 @@ class Intake:
         batches: of the source.
         place: puts one on the devices; a tuple of several where `group` is above 1.
         group: how many make one step.
+        keeps: whether `taken` is wanted.
+
+    Attributes:
+        taken: what the last `take` took, as it came: before it was padded and placed.
     """
 
-    def __init__(self, batches: Iterator[Any], place: Callable[[Any], Fed], group: int = 1) -> None:
-        self._batches, self._placing, self._group = batches, place, group
+    def __init__(
+        self, batches: Iterator[Any], place: Callable[[Any], Fed], group: int = 1, *, keeps: bool = False
+    ) -> None:
+        self._batches, self._placing, self._group, self._keeps = batches, place, group, keeps
+        self.taken: list[Any] = []
         self._sound = True
         self._ahead: Any = _UNREAD
         self._fed: Fed | None = None
@@ -144,6 +155,7 @@ class Intake:
             most: at least 1.
             together: says whether a batch can share a call with others; else it comes by itself.
         """
+        self.taken = []
         feds = [self._next()]
         if most == 1 or not together(feds[0]):
             return feds
@@ -157,6 +169,8 @@ class Intake:
 
     def _next(self) -> Fed:
         fed = self.first()
+        if self._keeps:
+            self.taken.append(self._ahead)
         self._ahead, self._fed = _UNREAD, None
         return fed
 
@@ -168,8 +182,10 @@ class Intake:
             raise
 
 
-def intake_of(batches: Iterator[Any], feed: Feed, group: int) -> Intake | RowIntake:
-    """Returns the intake of a pass, `group` batches of which make one step."""
+def intake_of(batches: Iterator[Any], feed: Feed, group: int, *, keeps: bool = False) -> Intake | RowIntake:
+    """Returns the intake of a pass, `group` batches of which make one step; `keeps` where `taken` is wanted."""
     if group > 1:
-        return Intake(batches, feed.place_group, group)
-    return RowIntake(batches, feed.place) if isinstance(batches, RowNumbers) else Intake(batches, feed.place)
+        return Intake(batches, feed.place_group, group, keeps=keeps)
+    if isinstance(batches, RowNumbers):
+        return RowIntake(batches, feed.place, keeps=keeps)
+    return Intake(batches, feed.place, keeps=keeps)

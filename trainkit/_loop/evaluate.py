@@ -43,10 +43,10 @@ def evaluate(
         RuntimeError: the examples counted on the devices are not those the source gave.
     """
     source = source.in_order()
-    first, batches, host = _peek(engine, source)
+    first, batches, host = peek(engine, source)
     prepared = engine.prepare_eval(state, source, first)
     state = with_raw_key(engine.evaluated(state))
-    accumulator, feed, rows = prepared.accumulator, prepared.feed, _Rows(engine)
+    accumulator, feed, rows = prepared.accumulator, prepared.feed, Fetching(engine)
     feed.on_padding = functools.partial(engine.padding.evaluation, prepared, state)
     collects, in_flight = accumulator.has_collecting, feed.in_flight
     carry, segments, carried, given = prepared.empty, [], 0, 0
@@ -86,10 +86,10 @@ def predict(engine: Engine, state: TrainState, source: Source) -> PyTree:
     Raises:
         ValueError: the source is empty, or an output has not one row per example.
     """
-    first, batches, host = _peek(engine, source.in_order())
+    first, batches, host = peek(engine, source.in_order())
     step, feed = engine.prepare_predict(state, first)
     state = with_raw_key(state)
-    rows, beside = _Rows(engine), []
+    rows, beside = Fetching(engine), []
     for batch in batches:
         beside.append(host())
         fed = feed.place(batch)
@@ -97,7 +97,7 @@ def predict(engine: Engine, state: TrainState, source: Source) -> PyTree:
         if engine.steps.units:
             rows.add(outputs, None)
             continue
-        _check_rows(outputs, fed.real if fed.mask is None else fed.mask.shape[0])
+        check_rows(outputs, fed.real if fed.mask is None else fed.mask.shape[0])
         rows.add(outputs, fed.real)
     if engine.steps.units:
         return rows.all()
@@ -106,7 +106,7 @@ def predict(engine: Engine, state: TrainState, source: Source) -> PyTree:
     return with_host(predicted, {name: np.concatenate([one[name] for one in beside]) for name in names})
 
 
-class _Rows:
+class Fetching:
     """Outputs fetched a few batches behind the devices, cut to the real rows where there are rows."""
 
     def __init__(self, engine: Engine) -> None:
@@ -115,11 +115,18 @@ class _Rows:
         self._done: list[PyTree] = []
 
     def add(self, outputs: PyTree, real: int | None) -> None:
+        """Takes the outputs of one batch, with its number of real rows; None where they have no rows."""
         self._waiting.append((outputs, real))
         if len(self._waiting) > _FETCH_BEHIND:
             self._fetch_one()
 
+    def take(self) -> list[PyTree]:
+        """Returns what was fetched since this was last called."""
+        done, self._done = self._done, []
+        return done
+
     def all(self) -> list[PyTree]:
+        """Returns what is left, after waiting for it."""
         while self._waiting:
             self._fetch_one()
         return self._done
@@ -130,16 +137,23 @@ class _Rows:
         self._done.append(fetched if real is None else unpad(fetched, real))
 
 
-def _peek(engine: Engine, source: Source) -> tuple[Any, Iterator[Any], Callable[[], dict[str, np.ndarray]]]:
+def peek(engine: Engine, source: Source) -> tuple[Any, Iterator[Any], Callable[[], dict[str, np.ndarray]]]:
     """Returns the first batch, all batches, and what stays on the host of the one handed out last."""
     if source.endless:
         raise ValueError("the source has no end. Cut it: tk.data.take(data, batches).")
-    batches = engine.batches(source, 0)
+    batches, host = open_pass(engine, source, 0)
     first = next(batches, None)
     if first is None:
         raise ValueError("the source is empty: it gave no batch. Give at least one, or leave eval_data out.")
-    host = (lambda: batches.host) if isinstance(batches, Parted) else dict
     return first, itertools.chain([first], batches), host
+
+
+def open_pass(
+    engine: Engine, source: Source, start: int
+) -> tuple[Iterator[Any], Callable[[], dict[str, np.ndarray]]]:
+    """Returns the batches from one of them on, and what stays on the host of the one handed out last."""
+    batches = engine.batches(source, 0, start)
+    return batches, (lambda: batches.host) if isinstance(batches, Parted) else dict
 
 
 def _check_count(counted: int, given: int, source: Source) -> None:
@@ -151,7 +165,7 @@ def _check_count(counted: int, given: int, source: Source) -> None:
         )
 
 
-def _check_rows(outputs: PyTree, rows: int) -> None:
+def check_rows(outputs: PyTree, rows: int) -> None:
     for name, leaf in named_leaves(outputs):
         if not leaf.shape or leaf.shape[0] != rows:
             raise ValueError(

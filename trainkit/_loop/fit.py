@@ -29,10 +29,10 @@ from trainkit._loop.stopwatch import PARTS
 from trainkit._loop.told import direction_of
 from trainkit._resume.restore import restore_state
 from trainkit._resume.saved import Saved
+from trainkit._step.given import check_frozen_same
 from trainkit.data._base import Source
 from trainkit.data._batch import GlobalBatch
-from trainkit.writers._open import open_writers
-from trainkit.writers._writer import MetricWriter
+from trainkit.writers._open import FitWriter, open_writers
 
 
 def fit(engine: Engine, run: Run, request: Request) -> FitResult:
@@ -64,10 +64,11 @@ def _fit(
     engine: Engine,
     run: Run,
     request: Request,
-    writer: MetricWriter,
+    writer: FitWriter,
     interrupts: Interrupts,
     ongoing: Ongoing,
 ) -> FitResult:
+    fresh = not (run.has_folder or run.behind)
     found = run.find(request.stores, writer)
     saved = None if found is None else found[1]
     first, batches = peek(engine, request.source, run)
@@ -78,6 +79,8 @@ def _fit(
         settle(run, request)
         run.begin(saved)
         return _done_before(engine, run, saved)
+    if saved is not None:
+        check_frozen_same(saved.frozen, engine.steps.constants.fingerprint(engine.strategy))
     if saved is None:
         run.take_back(writer)
     elif goes_beyond(request, saved):
@@ -102,6 +105,8 @@ def _fit(
     run.begin(saved)
     ongoing.standing = loop.standing
     try:
+        if fresh and saved is None and writer.logs is not None and request.card is not None:
+            writer.logs.write_texts(loop.standing.step, {"run": request.card()})
         return loop.run()
     finally:
         run.state, run.shown = loop.standing.state, True

@@ -14,6 +14,7 @@ from trainkit._debug.failures import remove_failures
 from trainkit._loop.request import Request
 from trainkit._loop.run import Run
 from trainkit.callbacks._checkpoint import Checkpoint
+from trainkit.callbacks._profile import remove_traces
 from trainkit.checkpoint._reading import FOLDER
 from trainkit.checkpoint._store import Store
 from trainkit.writers._left import logs_in, remove_logs
@@ -56,12 +57,19 @@ def settle(run: Run, request: Request) -> None:
             store.clear()
         if request.logdir is not None:
             remove_failures(request.logdir)
+            remove_traces(request.logdir)
             remove_logs(request.logdir)
     run.has_folder = True
 
 
 def _stores(request: Request) -> list[Store]:
     folders = [one.folder(request.logdir) for one in request.callbacks if isinstance(one, Checkpoint)]
+    shared = [str(folder) for folder in folders if folders.count(folder) > 1]
+    if shared:
+        raise ValueError(
+            f"two Checkpoints save to {shared[0]!r}, and each would remove what the other keeps: give "
+            "one another folder=."
+        )
     if request.logdir is not None:
         folders.append(request.logdir / FOLDER)
     return [Store(folder) for folder in dict.fromkeys(folders)]

@@ -7,7 +7,7 @@ evaluation; then the checkpoint says what is owed, and the fit that goes on with
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,24 +20,26 @@ from trainkit._core.state import TrainState
 from trainkit._core.typing import Batch, PyTree
 from trainkit._debug.failures import Failures
 from trainkit._engine.engine import Engine
-from trainkit._feed.feed import Fed
 from trainkit._feed.intake import Intake, RowIntake, intake_of
 from trainkit._feed.stream import Stream
+from trainkit._loop.costs import Costs, show_batches
 from trainkit._loop.dispatch import Dispatcher, before_checkpoints, checkpoints, guards
-from trainkit._loop.evaluate import evaluate
 from trainkit._loop.interrupts import Interrupts
+from trainkit._loop.looks import Looks, wait_for
 from trainkit._loop.meetings import EVERY, Meetings
+from trainkit._loop.probing import Probing
 from trainkit._loop.record import Record
 from trainkit._loop.request import LAST_STEP, Request, refuse_overflow
 from trainkit._loop.result import FitResult, summarized
 from trainkit._loop.saving import Saving
 from trainkit._loop.standing import standing_of
+from trainkit._loop.stepping import stepping
 from trainkit._loop.stopwatch import Stopwatch
 from trainkit._loop.timetable import Chore, Timetable
 from trainkit._loop.told import Told
 from trainkit._loop.train_metrics import NO_METRICS, TrainMetrics, read_only
 from trainkit._resume.saved import Saved
-from trainkit.data._batch import batch_size_of, check_batch, spec_of
+from trainkit.data._batch import batch_size_of, spec_of
 from trainkit.writers._writer import MetricWriter
 
 _LOG = logging.getLogger("trainkit")
@@ -76,7 +78,6 @@ class Loop:
         # Where data are held their rows are numbered from here on.
         begun = position.epoch - (1 if position.batch else 0)
         batches = self._supply.batches(begun, position.batch) if self._supply.holds else batches
-        self._intake, self._opened = self._intake_of(batches), True
         self._begin_calls(resumed)
         self._metrics = TrainMetrics(self._prepared.accumulator, self._prepared.empty, self._wait_for)
         self._record = Record(request.callbacks, writer, history, self._metrics)
@@ -90,12 +91,21 @@ class Loop:
             self._metrics,
             self._prepared.accumulator,
             self._record,
-            self._since,
+            self._seconds,
             watch,
+            Costs(watch, self.standing, self._prepared.calls.flops),
+            lambda callback: self._probing.values_for(callback),
         )
         self._dispatch = Dispatcher(request.callbacks, self._told.info, self._told.act)
+        self._probing = Probing(self._dispatch.implementing("on_step"), self.standing, request.accumulate)
+        looking = self._dispatch.implementing("_see_batch")
+        self._show = show_batches(looking, self._supply, request.accumulate, watch)
+        self._intake, self._opened = self._intake_of(batches), True
         self._saving = Saving(
             engine, request, self.standing, self._metrics, self._record, self._prepared.calls
+        )
+        self._looks = Looks(
+            engine, request, self.standing, self._meetings, interrupts, watch, together=self._together
         )
         self._goes_on = self._pass_begun = self._pass_told = False
         self._failures = Failures(engine, request.source, request.accumulate, request.logdir)
@@ -107,8 +117,9 @@ class Loop:
     def _begin_calls(self, resumed: Saved | None) -> None:
         given = None if resumed is None else Choice.recall(resumed.choice)
         steps = self.standing.plan.steps
-        held = self._engine.strategy.replicate(self._supply.held)
         feed, engine, standing = self._prepared.feed, self._engine, self.standing
+        self._data = engine.strategy.replicate(self._supply.held)
+        held = engine.held(self._data, standing.step)
         feed.on_padding = lambda one: engine.padding.training(
             feed, standing.step, standing.raw, standing.impl, held, one
         )
@@ -149,6 +160,7 @@ class Loop:
         step = int(standing.raw.step)  # waits for it
         if self._together:
             self._meetings.meet(step)
+        self._dispatch.call("_on_result")
         seconds, timing = self._watch.read()
         return FitResult(
             state=standing.state,
@@ -166,6 +178,7 @@ class Loop:
         self._told.going_back = "ignored" if self._interrupted else "allowed"
         with self._watch.on("callbacks"):
             self._dispatch.call("on_fit_end")
+        self._looks.weights.settle()  # of the state that it went back to, for one
         if self.standing.came_to != came_before:
             with self._watch.on("save"):
                 self._saving.stand_back()
@@ -221,7 +234,8 @@ class Loop:
         try:
             intake = self._open_pass()
             if not goes_on:
-                self._dispatch.call("on_epoch_start")
+                with self._watch.on("callbacks"):
+                    self._dispatch.call("on_epoch_start")
                 self._epoch_reader.take()
             if self.standing.stopped_by is None:
                 self._run_pass(intake)
@@ -249,34 +263,37 @@ class Loop:
         return self._intake
 
     def _intake_of(self, batches: Iterator[Any]) -> Intake | RowIntake:
-        return intake_of(batches, self._prepared.feed, self._request.accumulate)
+        group, keeps = self._request.accumulate, self._show is not None
+        return intake_of(batches, self._prepared.feed, group, keeps=keeps)
 
     def _run_pass(self, intake: Intake | RowIntake) -> None:
-        calls, metrics, watch = self._prepared.calls, self._metrics, self._watch
-        standing, clock, interrupts = self.standing, self._watch.clock, self._interrupts
+        calls, metrics, watch = self._probing.calls(self._prepared), self._metrics, self._watch
+        standing, clock, interrupts, show = self.standing, self._watch.clock, self._interrupts, self._show
         position = standing.position
         more = self._begin_pass(intake)
+        run, take, look = stepping(calls, intake, standing)
         due, alarm, meeting = self._due(), self._alarm(), self._meetings.next_step
         watch.turn("step")
         # Two looks at the clock a call are all that the steps pay for knowing how long they waited for data.
         waited, asked = 0.0, clock()
         while more:
-            feds = intake.take(calls.room(due - standing.step), calls.takes)
+            feds = take(calls.room(due - standing.step), calls.takes)
             waited += clock() - asked
             try:
-                standing.raw, metrics.packed = calls(standing.raw, metrics.packed, feds)
+                standing.raw, metrics.packed = run(standing.raw, metrics.packed, feds)
             except Exception as error:
-                self._note_failure(error, feds)
+                self._failures.note(standing.step + 1, feds, error, self._supply)
                 raise
+            if show is not None:
+                show(intake.taken)
             asked = clock()
-            standing.step += len(feds)
-            position.batch += sum([fed.batches for fed in feds])
+            standing.count(feds)
             self._pass_begun = True
             if standing.step >= due:
                 intake.mark(position.batch)
             # Looking one batch ahead tells whether this was the last step of the pass, and overlaps the step.
             try:
-                more = intake.more()
+                more = look()
             except Exception:
                 if standing.step >= due:
                     self._at_step(pass_done=False)  # the step was done, and what is due after it is told
@@ -292,9 +309,12 @@ class Loop:
                 watch.turn("step")
                 if self._finished():
                     break
+                run, take, look = stepping(calls, intake, standing)
                 due, alarm, meeting = self._due(), self._alarm(), self._meetings.next_step
                 waited, asked = 0.0, clock()
                 if more:
+                    if self._hold():
+                        self._prepared.calls.open(standing.raw, metrics.packed, intake.first())
                     calls.resume()
         watch.turn("other")
 
@@ -311,20 +331,22 @@ class Loop:
             first = intake.first()
         with self._watch.on("compile"):
             self._engine.wait_for("training")
+        self._hold()
         self._prepared.calls.open(self.standing.raw, self._metrics.packed, first)
         return more
 
-    def _note_failure(self, error: Exception, feds: Sequence[Fed]) -> None:
-        read = [fed._replace(batch=self._supply.read(fed.batch)) for fed in feds]
-        self._failures.note(self.standing.step + 1, read, error)
-        if isinstance(error, TypeError):
-            for fed in read:  # names the leaf that no step can take, where that was the reason
-                check_batch(fed.batch)
+    def _hold(self) -> bool:
+        """Has the next steps train the parameters that are released by now; says whether others than before."""
+        stages = self._engine.stages
+        return stages is not None and self._prepared.calls.hold(
+            self._engine.held(self._data, self.standing.step)
+        )
 
     def _due(self) -> float:
         """Returns the next step at which the host has anything to do."""
         end = NEVER if self.standing.plan.steps is None else self.standing.plan.steps
-        return min(self._steppers.next_step, self._evaluations.next_step, self._chores.next_step, end)
+        timetables = self._steppers, self._evaluations, self._chores, self._probing
+        return min(end, *[one.next_step for one in timetables])
 
     def _alarm(self) -> float:
         """Returns the next time on the clock at which the host has anything to do."""
@@ -344,6 +366,7 @@ class Loop:
         evaluations = self._evaluations.take_due(self.standing.step, epoch, now)
         if self._request.dry and self._over():  # everything is tried once, however far it is off
             steppers, evaluations = self._steppers.things, self._evaluations.things
+        steppers = self._probing.told(steppers)
         if self._together and steppers:
             # Here on all processes, in case a callback looks at its metrics on one of them only.
             self._metrics.cut()
@@ -383,7 +406,7 @@ class Loop:
         if self.standing.rollback is not None:
             return False
         with self._watch.on("eval"):
-            metrics = self._evaluated()
+            metrics = self._looks.metrics()
         if metrics is None:
             self._stop_if_interrupted()
             return False
@@ -392,38 +415,16 @@ class Loop:
         self._told.evaluation = NO_METRICS
         return True
 
-    def _evaluated(self) -> dict[str, Any] | None:
-        """Returns the metrics of every evaluation source, None where a signal came in between."""
-        state = self._engine.averaged(self.standing.state)
-        metrics: dict[str, Any] = {}
-        for name, source in self._request.evaluations.items():
-            values = evaluate(self._engine, state, source, self._breaking_off(), self._wait_for)
-            if values is None:
-                return None
-            metrics |= {f"{name}/{metric}": value for metric, value in values.items()}
-        return metrics
-
-    def _breaking_off(self) -> Callable[[int], bool]:
-        """Returns what says whether a signal breaks an evaluation off, given its batches done; processes meet there."""
-        look = self._meetings.during_evaluation() if self._together else None
-
-        def asked(batches: int) -> bool:
-            if look is not None:
-                look(batches)
-            return self._interrupted
-
-        return asked
-
     def _wait_for(self, tree: PyTree) -> None:
-        """Waits for arrays of the training steps, where something is to wait for them anyway."""
-        with self._watch.on("step"):
-            jax.block_until_ready(tree)
+        wait_for(self._watch, tree)
 
     # Saving and going back ------------------------------------------------------------------------------------
 
     def _save(self, *, everyone: bool = False) -> None:
         asked = self._interrupts.take_save()
         keepers = self._saving.due(everyone=everyone or asked or self._finished())
+        if self._finished():
+            self._looks.weights.settle()  # the last checkpoint is to hold them
         if asked and not keepers:
             self._saving.say_there_is_none()
         if keepers:

@@ -1,23 +1,27 @@
 """What may be asked of a train state at any moment: evaluations, predictions, functions of the model.
 
-Owns the choice of weights; not the passes, nor whose state it is.
+Owns neither the passes nor the choice of weights, nor whose state it is.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import clu.metrics
 import jax
 
+from trainkit._core.layer import Layer
 from trainkit._core.state import TrainState
 from trainkit._core.typing import PyTree
 from trainkit._engine.engine import Engine
+from trainkit._engine.layers import layers_of
+from trainkit._engine.measuring import measuring
 from trainkit._loop.evaluate import evaluate, predict
+from trainkit._loop.predictions import predict_into
+from trainkit._loop.weights import weighted
 from trainkit.data._source import Source, as_source
 from trainkit.data._take import take
-
-AVERAGED = ("averaged", "ema")
-"""The names of the averaged weights."""
 
 
 class Questions:
@@ -37,8 +41,16 @@ class Questions:
     ) -> None:
         self._engine, self._state, self._timed = engine, state, timed
 
-    def evaluate(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        weights: str = "averaged",
+        limit: int | None = None,
+        metrics: type[clu.metrics.Collection] | None = None,
+    ) -> dict[str, Any]:
         """Returns the metrics over one pass; of several sources by name, `<name>/<metric>`."""
+        engine = self._engine if metrics is None else measuring(self._engine, metrics)
         units = self._engine.steps.units
         named = is_named(data) and not units
         found = eval_sources(data, units=units) if named else {"": self._source(data)}
@@ -46,16 +58,26 @@ class Questions:
         with self._timed("eval"):
             state, found = self.weighted(weights), {}
             for name, source in sources.items():
-                metrics = evaluate(self._engine, state, source)
-                assert metrics is not None  # nothing interrupts it here
-                found |= {f"{name}/{metric}" if name else metric: value for metric, value in metrics.items()}
+                values = evaluate(engine, state, source)
+                assert values is not None  # nothing interrupts it here
+                found |= {f"{name}/{metric}" if name else metric: value for metric, value in values.items()}
         return found
 
-    def predict(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> PyTree:
-        """Returns what `predict_step` gives for each example, in order, as NumPy arrays."""
+    def predict(
+        self,
+        data: Any,
+        *,
+        weights: str = "averaged",
+        limit: int | None = None,
+        out: str | os.PathLike[str] | None = None,
+    ) -> PyTree:
+        """Returns what `predict_step` gives for each example, in order, as NumPy arrays or maps of those in `out`."""
         source = limited(self._source(data), limit)
         with self._timed("eval"):
-            return predict(self._engine, self.weighted(weights), source)
+            state = self.weighted(weights)
+            if out is not None:
+                return predict_into(self._engine, state, source, out)
+            return predict(self._engine, state, source)
 
     def apply(
         self,
@@ -68,18 +90,17 @@ class Questions:
         with self._timed("eval"):
             return self._engine.applied(self.weighted(weights), fn, args, rng)
 
+    def layers(self) -> list[Layer]:
+        """Returns the modules of the model with shapes, parameters and operations."""
+        with self._timed("callbacks"):
+            return layers_of(self._engine, self._state())
+
     def _source(self, data: Any) -> Source:
         return as_source(data, units=self._engine.steps.units).in_order()
 
     def weighted(self, weights: str) -> TrainState:
         """Returns the state with the weights of that name in place."""
-        if weights in AVERAGED:
-            return self._engine.averaged(self._state())
-        if weights != "live":
-            raise ValueError(
-                f"weights={weights!r}: the choices are 'averaged' (or 'ema', its other name) and 'live'."
-            )
-        return self._state()
+        return weighted(self._engine, self._state(), weights)
 
 
 def limited(source: Source, limit: int | None) -> Source:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from trainkit._core.cadence import Cadence
 from trainkit._core.position import Position
@@ -37,6 +38,8 @@ class Request:
         keep_compiled: whether compiled programs are kept in the user's cache.
         overwrite: whether a run that `logdir` holds is removed.
         dry: whether everything is only tried out.
+        hparams: those of the trainer.
+        card: returns what is noted of the run at its start, None where nothing is.
     """
 
     fit: int
@@ -54,6 +57,8 @@ class Request:
     keep_compiled: bool = True
     overwrite: bool = False
     dry: bool = False
+    hparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    card: Callable[[], str] | None = None
 
     def as_dry_run(self, steps: int, logdir: pathlib.Path) -> "Request":
         """Returns the same request for a fit of a few steps, evaluations of as many batches, in a folder."""
@@ -68,6 +73,7 @@ class Request:
             stores=(),
             keep_compiled=False,
             dry=True,
+            card=None,
         )
 
     def __post_init__(self) -> None:
@@ -100,4 +106,14 @@ def plan_of(request: Request, step: int, position: Position, first_step: int, fi
         if last_epoch is not None:
             to_go = last_epoch - position.epoch + (1 if position.batch else 0)
             steps = step + (left + (to_go - 1) * per_epoch if to_go > 0 else 0)
-    return Plan(first_step, steps, last_epoch, per_epoch, tuple(request.evaluations), request.dry)
+    return Plan(
+        first_step,
+        steps,
+        last_epoch,
+        per_epoch,
+        tuple(request.evaluations),
+        request.dry,
+        seed=request.seed,
+        batch_size=position.rows or None,
+        hparams=request.hparams,
+    )

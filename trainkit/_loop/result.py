@@ -3,8 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
-import numpy as np
-
 from trainkit._core.history import History
 from trainkit._core.state import TrainState
 
@@ -33,16 +31,11 @@ def summarized(history: History, direction: Callable[[str], str | None]) -> dict
         direction: says "min" or "max", None where it is not known, by full name.
     """
     found = {}
-    for name, series in history.state_dict().items():
-        values, better = series["values"], direction(name)
-        numbers = ~np.isnan(values)
-        if better is None or not numbers.any():
-            found[name] = Summary(last=float(values[-1]))
-            continue
-        at = np.argmin(np.where(numbers, values if better == "min" else -values, np.inf))
-        found[name] = Summary(
-            last=float(values[-1]), best=float(values[at]), best_step=int(series["steps"][at])
-        )
+    for name in history:
+        better = direction(name)
+        best = None if better is None else history.best(name, better)
+        step, value = best or (None, None)
+        found[name] = Summary(last=history.last(name), best=value, best_step=step)
     return found
 
 

@@ -19,7 +19,8 @@ from trainkit._loop.standing import Standing
 from trainkit._loop.stopwatch import Stopwatch
 from trainkit._resume.choose import choose, newest_of
 from trainkit._resume.restore import Restored, restore_built, restore_partly, restore_state
-from trainkit._resume.saved import Saved, load_saved
+from trainkit._resume.saved import Saved, is_weights_only, load_saved
+from trainkit._resume.weights import restore_weights
 from trainkit.callbacks._callback import AFRESH, Callback
 from trainkit.checkpoint._store import Store
 from trainkit.data._base import Source
@@ -263,6 +264,12 @@ class Run:
             # Killed before its first checkpoint, a run leaves logs all the same.
             writer.rewind(self.steps_done, ())
             return None
+        if is_weights_only(*newest):
+            raise ValueError(
+                f"the newest checkpoint in {newest[0].folder}, of step {newest[1]}, holds weights only "
+                "(Checkpoint(weights_only=True)): no run can be resumed from it. Begin another run from it, in another "
+                "logdir: trainer.restore(path), then fit without resume=True."
+            )
         store, saved = newest[0], load_saved(*newest)
         self.set_to(saved)
         if saved.fit > self.fits + 1:
@@ -313,6 +320,12 @@ def restore(
         only = None if partial is True else (partial,) if isinstance(partial, str) else tuple(partial)
         state, restored = restore_partly(engine, store, number, current, only)
         run.become(state, shown=False)
+        return restored
+    if is_weights_only(store, number):
+        state, restored = restore_weights(engine, store, number, current)
+        run.become(state, shown=False)
+        if current is None:
+            engine.unproven = restored.path
         return restored
     if current is None:
         state = restore_built(engine, store, number)

@@ -13,7 +13,8 @@ from trainkit._loop.train_metrics import TrainMetrics
 from trainkit._resume.choose import newest_of
 from trainkit._resume.restore import restore_state
 from trainkit._resume.saved import Saved, contents_of, load_saved
-from trainkit.callbacks._checkpoint import Checkpoint
+from trainkit._resume.weights import weights_of
+from trainkit.callbacks._checkpoint import Checkpoint, MakeContents
 from trainkit.checkpoint._store import Contents
 
 _LOG = logging.getLogger("trainkit")
@@ -59,7 +60,7 @@ class Saving:
             interrupted: whether a signal ended the fit, which a resumed run goes on with.
         """
         for keeper in keepers:
-            keeper.save(self._standing.step, lambda labels: self._contents(labels, place, interrupted))
+            keeper.save(self._standing.step, self._maker(keeper, place, interrupted))
 
     def say_there_is_none(self) -> None:
         """Answers a signal to save where nothing saves, once."""
@@ -72,20 +73,21 @@ class Saving:
     def stand_back(self) -> None:
         """Has every checkpoint end at the step to which the run went back at its end."""
         for keeper in self._keepers:
-            keeper.stand_at(self._standing.step, lambda labels: self._contents(labels, None, False))
+            keeper.stand_at(self._standing.step, self._maker(keeper, None, False))
 
     def roll_back(self) -> None:
         """Goes back to the newest checkpoint, as a callback asked."""
         standing = self._standing
         assert standing.rollback is not None
         (callback, reason), standing.rollback = standing.rollback, None
-        if not self._keepers:
+        keepers = [keeper for keeper in self._keepers if not keeper.weights_only]
+        if not keepers:
             raise RuntimeError(
                 f"{reason}; there is no checkpoint to go back to: add tk.callbacks.Checkpoint()."
             )
-        for keeper in self._keepers:
+        for keeper in keepers:
             keeper.store.wait()
-        found = newest_of([keeper.store for keeper in self._keepers])
+        found = newest_of([keeper.store for keeper in keepers])
         if found is None:
             raise RuntimeError(f"{reason}; no checkpoint was saved yet to go back to: save earlier.")
         store, step = found
@@ -98,8 +100,15 @@ class Saving:
         self._record.take_back(load_saved(store, step), self._engine.strategy.replicate, without=callback)
         standing.plan_anew(self._request)
 
+    def _maker(self, keeper: Checkpoint, place: Mapping[str, Any] | None, interrupted: bool) -> MakeContents:
+        return lambda labels: self._contents(keeper, labels, place, interrupted)
+
     def _contents(
-        self, labels: Mapping[str, Any], place: Mapping[str, Any] | None, interrupted: bool
+        self,
+        keeper: Checkpoint,
+        labels: Mapping[str, Any],
+        place: Mapping[str, Any] | None,
+        interrupted: bool,
     ) -> Contents:
         standing, choice = self._standing, self._calls.choice
         saved = Saved(
@@ -117,6 +126,10 @@ class Saving:
             data=self._request.source.facts(),
             place=place,
             came_to=standing.came_to,
+            frozen=self._engine.steps.constants.fingerprint(self._engine.strategy),
             **self._record.state(standing.step),
         )
-        return contents_of(standing.state, saved, labels)
+        state = standing.state
+        return contents_of(
+            state, saved, labels, weights_of(self._engine, state) if keeper.weights_only else None
+        )

@@ -1,9 +1,11 @@
 """Where one fit stands between two steps. Owns the numbers and the state; what moves them is the loop."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from trainkit._core.position import Position
 from trainkit._core.state import TrainState, key_impl, with_raw_key, with_typed_key
+from trainkit._feed.feed import Fed
 from trainkit._loop.request import Request, plan_of
 from trainkit._resume.saved import Saved
 from trainkit.callbacks._callback import Callback
@@ -28,6 +30,8 @@ class Standing:
         came_to: the step at which the fit was over, where it went back to an earlier one at its end.
         rollback: who asked to go back to a checkpoint, and why.
         wanted: ids of the checkpoints that were asked to save after this step.
+        ran: steps that this fit ran, those that it went back on included.
+        examples: real rows that these took.
     """
 
     raw: TrainState
@@ -43,6 +47,8 @@ class Standing:
     came_to: int | None = None
     rollback: tuple[Callback, str] | None = None
     wanted: set[int] = dataclasses.field(default_factory=set)
+    ran: int = 0
+    examples: int = 0
 
     @property
     def state(self) -> TrainState:
@@ -52,6 +58,17 @@ class Standing:
     @state.setter
     def state(self, state: TrainState) -> None:
         self.raw = with_raw_key(state)
+
+    def count(self, feds: Sequence[Fed]) -> None:
+        """Counts the steps of a call."""
+        batches = examples = 0
+        for fed in feds:
+            batches += fed.batches
+            examples += fed.real
+        self.step += len(feds)
+        self.ran += len(feds)
+        self.examples += examples
+        self.position.batch += batches
 
     def plan_anew(self, request: Request) -> None:
         """Works out how far the fit is going to run from here."""

@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterator
 
 import jax.monitoring
 
+from trainkit._core.phases import phase, phases_are_named
+
 PARTS = ("compile", "data", "step", "eval", "save", "callbacks", "other")
 """The parts of a fit, which add up to the whole of it."""
 
+_NAMED = ("eval", "save", "callbacks")
+"""Those that have a name in traces from here; steps and data have it where they are dispatched, one by one."""
 _COMPILING = "/jax/core/compile/"
 
 
@@ -32,6 +36,7 @@ class Stopwatch:
         self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._part = "other"
         self._begun = self._since = clock()
+        self._phase: contextlib.ExitStack | None = None
         # Programs that were compiled within the tracing of another, as (begun, seconds): not to be counted twice.
         self._compiled: list[tuple[float, float]] = []
 
@@ -40,7 +45,17 @@ class Stopwatch:
         now = self.clock()
         self.seconds[self._part] += now - self._since
         before, self._part, self._since = self._part, part, now
+        if self._phase is not None or phases_are_named():
+            self._name(part)
         return before
+
+    def _name(self, part: str) -> None:
+        if self._phase is not None:
+            self._phase.close()
+            self._phase = None
+        if part in _NAMED and phases_are_named():
+            self._phase = contextlib.ExitStack()
+            self._phase.enter_context(phase(part))
 
     def move(self, seconds: float, part: str) -> None:
         """Counts seconds of the running part for another."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trainkit._engine.engine import Engine
+from trainkit._loop.costs import Costs
 from trainkit._loop.questions import Questions
 from trainkit._loop.record import Record
 from trainkit._loop.request import Request
@@ -41,6 +42,8 @@ class Told:
         record: its logs.
         seconds: returns the seconds since it began.
         watch: where its time goes.
+        costs: what it has cost so far.
+        probed: returns what the probe of a callback gave for the step that is told.
     """
 
     def __init__(
@@ -53,9 +56,12 @@ class Told:
         record: Record,
         seconds: Callable[[], float],
         watch: Stopwatch,
+        costs: Costs,
+        probed: Callable[[Callback], Any],
     ) -> None:
         self._engine, self._request, self._standing = engine, request, standing
         self._metrics, self._record, self._seconds = metrics, record, seconds
+        self._costs, self._probed = costs, probed
         self._asked = Questions(engine, lambda: standing.state, watch.on)
         self._history = record.history.shown()
         self.direction = functools.partial(direction_of, accumulator)
@@ -79,6 +85,8 @@ class Told:
             seconds=self._seconds(),
             direction=self.direction,
             asked=self._asked,
+            costs=self._costs,
+            probed=self._probed(callback) if hook == "on_step" else None,
         )
 
     def act(self, callback: Callback, action: Stop | Update | Save | Rollback) -> None:

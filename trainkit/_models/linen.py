@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import flax.core
@@ -14,6 +14,7 @@ from trainkit._core.typing import Variables
 from trainkit._models.casts import CastCalls, in_dtypes_of
 from trainkit._models.model import Interceptor, Model, ScopedFunction
 from trainkit._models.precision import Precision
+from trainkit._models.statistics import BatchStatistics
 from trainkit._models.watch import Run, Watch, with_those_of, without
 
 
@@ -58,6 +59,7 @@ class LinenModel(Model):
             raise TypeError(f"model: expected a flax.linen.Module, got {type(module).__name__}.")
         self._module, self._precision, self._watch = module, precision, Watch()
         self.apply_fn = module.apply
+        self._measures: BatchStatistics | None = None
 
     def init(self, fn: ScopedFunction, rng: jax.Array, *args: Any) -> dict[str, Any]:
         def attempt(run: Run) -> Any:
@@ -68,6 +70,18 @@ class LinenModel(Model):
         return without(self._watch.settle("init", frozenset(), attempt), self._watch.sown)
 
     def apply(
+        self, fn: ScopedFunction, variables: Variables, rng: jax.Array, *args: Any, train: bool
+    ) -> tuple[Any, dict[str, Any]]:
+        with contextlib.nullcontext() if self._measures is None else nn.intercept_methods(self._measures):
+            return self._applied(fn, variables, rng, *args, train=train)
+
+    def measuring(self) -> tuple[Model, Set[tuple[str, ...]]]:
+        # A model of its own: what is seen of one while another thread traces it is not to be mixed up.
+        model = LinenModel(self._module, self._precision)
+        model._measures = BatchStatistics()
+        return model, model._measures.found
+
+    def _applied(
         self, fn: ScopedFunction, variables: Variables, rng: jax.Array, *args: Any, train: bool
     ) -> tuple[Any, dict[str, Any]]:
         def attempt(run: Run) -> Any:
@@ -90,6 +104,22 @@ class LinenModel(Model):
         if self._precision.is_mixed:
             carried = {name: in_dtypes_of(variables.get(name), value) for name, value in carried.items()}
         return result, carried
+
+    def captured(
+        self, fn: ScopedFunction, variables: Variables, rng: jax.Array, *args: Any
+    ) -> dict[str, Any]:
+        def attempt(run: Run) -> Any:
+            fixed = flax.core.DenyList(("params", *run.fixed))
+            given = without(variables, run.sown)
+            casts = CastCalls(self._precision)
+            fn_ = casts.watching(fn) if self._precision.is_mixed else fn
+            apply = nn.apply(run.marking(fn_), self._module, mutable=fixed, capture_intermediates=True)
+            cast = nn.intercept_methods(casts) if self._precision.is_mixed else contextlib.nullcontext()
+            with cast:
+                return apply(given, *args, rngs=run.keys(rng))
+
+        _, updated = self._watch.settle("train", frozenset(), attempt)
+        return updated["intermediates"]
 
     @contextlib.contextmanager
     def intercepting(self, intercept: Interceptor) -> Iterator[None]:

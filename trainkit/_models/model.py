@@ -5,7 +5,7 @@ Owns no state; another module system joins by one more subclass.
 
 import abc
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import jax
@@ -55,3 +55,25 @@ class Model(abc.ABC):
     def names(self) -> dict[str, tuple[str | None, ...]]:
         """Returns the names of the mesh axes that divide the dimensions of a parameter, by path, where it says so."""
         return {}
+
+    def captured(
+        self, fn: ScopedFunction, variables: Variables, rng: jax.Array, *args: Any
+    ) -> dict[str, Any]:
+        """Runs `fn(bound module, *args)` in training and returns what each module returned.
+
+        Returns:
+            Nests of the names of modules, with their outputs in a tuple under `"__call__"`.
+
+        Raises:
+            TypeError: modules of this kind can't be watched.
+        """
+        raise TypeError("activations are captured of flax.linen modules only; leave ActivationStats out.")
+
+    @abc.abstractmethod
+    def measuring(self) -> tuple["Model", Set[tuple[str, ...]]]:
+        """Returns the model such that a training call leaves the statistics of its batch alone, and drops nothing out.
+
+        Returns:
+            The model, and the paths of the layers in `batch_stats` that were seen to do so while it was traced. The
+            other layers do what they do in training.
+        """

@@ -7,7 +7,7 @@ nested dicts of arrays; the structure and new arrays make a fresh module inside 
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -171,6 +171,12 @@ class NnxModel(Model):
 
     def module(self, variables: Variables, rng: jax.Array) -> Any:
         return self.merged(jax.tree.map(jnp.copy, variables), rng, train=False)
+
+    def measuring(self) -> tuple[Model, Set[tuple[str, ...]]]:
+        raise TypeError(
+            "batch statistics are estimated anew of flax.linen modules only: leave refresh= out of SWA, whose averages "
+            "are then evaluated with the running statistics."
+        )
 
     def _apply_plain(
         self, variables: Variables, *args: Any, rng: jax.Array | None = None, **kwargs: Any

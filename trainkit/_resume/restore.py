@@ -30,7 +30,7 @@ from trainkit.checkpoint._store import Store
 _LOG = logging.getLogger("trainkit")
 _MOST_LINES = 20
 _MODEL_STATE = ("batch_stats", "collections")
-_STARTS = tuple(f"{part}/" for part in _MODEL_STATE)
+STARTS = tuple(f"{part}/" for part in _MODEL_STATE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def restore_state(engine: Engine, store: Store, step: int, current: TrainState) 
     Raises:
         ValueError: the trainer's state has other paths, shapes or dtypes.
     """
-    saved = _spec_of(store, step)
+    saved = spec_of(store, step)
     if current.rng is None:
         current = current.replace(rng=_abstract(*saved["rng"]))
     # A state made by hand lacks the memory of hooks, which a fit adds.
@@ -93,14 +93,10 @@ def restore_state(engine: Engine, store: Store, step: int, current: TrainState) 
 
 def restore_built(engine: Engine, store: Store, step: int) -> TrainState:
     """Returns the train state of a checkpoint for a trainer that has none yet; raises as `restore_state`."""
-    saved = _spec_of(store, step)
-    if not store.meta(step)["plain"]:
-        raise ValueError(
-            f"the variables in {store.folder / str(step)} are not plain dicts (partitioned parameters, for one), so "
-            "their structure is that of a state: call trainer.init(batch) first."
-        )
-    template = _built(engine, saved, store.meta(step).get("keys", {}))
-    _refuse(differences(_signature(saved), signature(template)), store, step)
+    saved = spec_of(store, step)
+    check_plain(store, step)
+    template = built_of(engine, saved, store.meta(step).get("keys", {}))
+    refuse(differences(signature_of(saved), signature(template)), store, step)
     return _load(engine, store, step, template)
 
 
@@ -122,10 +118,10 @@ def restore_partly(
         ValueError: nothing fits, or a prefix is that of no array of the model.
     """
     _check_prefixes(current, only)
-    saved, names = _spec_of(store, step), []
-    saved_signature, left = _signature(saved), []
+    saved, names = spec_of(store, step), []
+    saved_signature, left = signature_of(saved), []
     for name, leaf in named_leaves(current):
-        if not name.startswith(("params/", *_STARTS)):
+        if not name.startswith(("params/", *STARTS)):
             continue
         wanted = only is None or any(_begins(name, one) for one in only)
         own = signature({name: leaf})[name]
@@ -140,7 +136,7 @@ def restore_partly(
     leaves = dict(named_leaves(current))
     if not names:
         raise ValueError(
-            f"nothing of the checkpoint in {store.folder / str(step)} fits this model: {_lines(left)}"
+            f"nothing of the checkpoint in {store.folder / str(step)} fits this model: {lines(left)}"
         )
     arrays = store.load_state(step, {name: _with_sharding(leaves[name]) for name in names})
     arrays = {name: _free(engine, array) for name, array in arrays.items()}
@@ -149,7 +145,7 @@ def restore_partly(
         # An average of fresh weights would outweigh those taken for a long time.
         state = engine.steps.with_hooks(state.replace(hooks={}))
     if left:
-        _LOG.warning("restored in part; left as they were: %s", _lines(left))
+        _LOG.warning("restored in part; left as they were: %s", lines(left))
     return state, Restored(str(store.folder / str(step)), step, tuple(names), tuple(left))
 
 
@@ -161,12 +157,12 @@ def _begins(name: str, prefix: str) -> bool:
 
 
 def _check_prefixes(current: TrainState, only: Sequence[str] | None) -> None:
-    names = [name for name, _ in named_leaves(current) if name.startswith(("params/", *_STARTS))]
+    names = [name for name, _ in named_leaves(current) if name.startswith(("params/", *STARTS))]
     for prefix in only or ():
         if not any(_begins(name, prefix) for name in names):
             parts = sorted({"/".join(name.split("/")[:2]) for name in names})
             raise ValueError(
-                f"partial={prefix!r} is the beginning of no array of this model; they begin with {_lines(parts)}. A "
+                f"partial={prefix!r} is the beginning of no array of this model; they begin with {lines(parts)}. A "
                 "prefix ends at a slash and may leave out the collection: 'params/encoder' or 'encoder'."
             )
 
@@ -174,30 +170,40 @@ def _check_prefixes(current: TrainState, only: Sequence[str] | None) -> None:
 def _template(
     engine: Engine, saved: Mapping[str, Any], current: TrainState, store: Store, step: int
 ) -> TrainState:
-    found = differences(_signature(saved), signature(current))
+    found = differences(signature_of(saved), signature(current))
     if not found:
         return current
     # Some models settle the shapes of their collections at the first step: the saved shapes are right where
     # the parameters are the same and a state made of the saved variables has what was saved.
     meta = store.meta(step)
-    built = _built(engine, saved, meta.get("keys", {})) if meta["plain"] else current
-    same_params = not differences(_signature(_part(saved, "params")), signature({"params": current.params}))
-    if same_params and type(current) is TrainState and not differences(_signature(saved), signature(built)):
+    built = built_of(engine, saved, meta.get("keys", {})) if meta["plain"] else current
+    same_params = not differences(signature_of(_part(saved, "params")), signature({"params": current.params}))
+    if same_params and type(current) is TrainState and not differences(signature_of(saved), signature(built)):
         return built
-    _refuse(found, store, step)
+    refuse(found, store, step)
     raise AssertionError  # not reached: there were differences
 
 
-def _refuse(found: list[str], store: Store, step: int) -> None:
+def check_plain(store: Store, step: int) -> None:
+    """Refuses a checkpoint whose variables no state can be made of without the model."""
+    if not store.meta(step)["plain"]:
+        raise ValueError(
+            f"the variables in {store.folder / str(step)} are not plain dicts (partitioned parameters, for one), so "
+            "their structure is that of a state: call trainer.init(batch) first."
+        )
+
+
+def refuse(found: list[str], store: Store, step: int) -> None:
+    """Refuses a checkpoint of another trainer, from the lines that `differences` gave."""
     if found:
         raise ValueError(
             f"the checkpoint in {store.folder / str(step)} is of another model, optimizer or set of callbacks "
-            f"(saved -> now): {_lines(found)}. Make them equal, or load what fits with "
+            f"(saved -> now): {lines(found)}. Make them equal, or load what fits with "
             "trainer.restore(..., partial=True)."
         )
 
 
-def _built(engine: Engine, saved: Mapping[str, Any], keys: Mapping[str, list[str | int]]) -> TrainState:
+def built_of(engine: Engine, saved: Mapping[str, Any], keys: Mapping[str, list[str | int]]) -> TrainState:
     """Returns the abstract state that a trainer would have with the saved variables."""
     variables, stats, others = (
         nested({name: _abstract(*spec) for name, spec in _part(saved, field).items()}, keys)
@@ -211,11 +217,13 @@ def _part(saved: Mapping[str, Any], field: str) -> dict[str, Any]:
     return {name: spec for name, spec in saved.items() if name.startswith(f"{field}/")}
 
 
-def _spec_of(store: Store, step: int) -> dict[str, Any]:
+def spec_of(store: Store, step: int) -> dict[str, Any]:
+    """Returns the dtype and shape of each array of a checkpoint by path name."""
     return store.meta(step)["arrays"]
 
 
-def _signature(saved: Mapping[str, Any]) -> dict[str, str]:
+def signature_of(saved: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what `spec_of` gave as `signature` does."""
     return {name: f"{dtype}[{', '.join(map(str, shape))}]" for name, (dtype, shape) in saved.items()}
 
 
@@ -230,6 +238,23 @@ def _with_sharding(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _load(engine: Engine, store: Store, step: int, template: TrainState) -> TrainState:
+    arrays = load_leaves(engine, store, step, template, [name for name, _ in named_leaves(template)])
+    loaded = jax.tree_util.tree_map_with_path(lambda path, _: arrays.pop(path_name(path)), template)
+    return engine.strategy.lay_out(loaded)
+
+
+def load_leaves(
+    engine: Engine, store: Store, step: int, template: TrainState, names: Sequence[str]
+) -> dict[str, jax.Array]:
+    """Returns arrays of a checkpoint by path name, where the strategy lays them out.
+
+    Args:
+        engine: of the trainer.
+        store: the checkpoints.
+        step: which one.
+        template: a state of that form, whose leaves may be `jax.ShapeDtypeStruct`.
+        names: those wanted.
+    """
     shardings = engine.strategy.shardings(template)
     if shardings is None:
         targets = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), template)
@@ -239,18 +264,18 @@ def _load(engine: Engine, store: Store, step: int, template: TrainState) -> Trai
             template,
             shardings,
         )
-    named = {name: leaf for name, leaf in named_leaves(targets) if leaf.size}
-    arrays = dict(store.load_state(step, named))
+    wanted = {name: leaf for name, leaf in named_leaves(targets) if name in set(names)}
+    arrays = dict(store.load_state(step, {name: leaf for name, leaf in wanted.items() if leaf.size}))
 
-    def value(path: tuple[Any, ...], leaf: Any) -> Any:
+    def value(name: str, leaf: Any) -> Any:
         if not leaf.size:
             return jnp.zeros(leaf.shape, leaf.dtype)
-        array = arrays.pop(path_name(path))
+        array = arrays.pop(name)
         if is_key(leaf) and not is_key(array):  # read to the host, a key is its data
             return jax.random.wrap_key_data(array, impl=key_generator(leaf.dtype))
         return _free(engine, array)
 
-    return engine.strategy.lay_out(jax.tree_util.tree_map_with_path(value, targets))
+    return {name: value(name, leaf) for name, leaf in wanted.items()}
 
 
 def _free(engine: Engine, array: Any) -> Any:
@@ -268,6 +293,7 @@ def _free(engine: Engine, array: Any) -> Any:
     return jax.device_put(jax.device_get(array))
 
 
-def _lines(found: Sequence[str]) -> str:
+def lines(found: Sequence[str]) -> str:
+    """Returns the first of many lines as one."""
     more = f"; and {len(found) - _MOST_LINES} more" if len(found) > _MOST_LINES else ""
     return "; ".join(found[:_MOST_LINES]) + more

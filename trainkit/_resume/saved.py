@@ -4,7 +4,7 @@ import dataclasses
 import time
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from trainkit._core.state import TrainState
 from trainkit._resume.restore import arrays_of, is_plain, keys_of
 from trainkit._version import __version__
 from trainkit.checkpoint._encoding import decode, encode
-from trainkit.checkpoint._reading import META, are_arrays
+from trainkit.checkpoint._reading import META, WEIGHTS_ONLY, are_arrays
 from trainkit.checkpoint._store import Contents, Store
 
 
@@ -42,6 +42,7 @@ class Saved:
         place: where the source stood, None where the number of batches says it; see `Stream`.
         came_to: the step at which the fit was over, where it went back to this one at its end; logs and history hold
             what is up to there. Else None.
+        frozen: dtype, shape and a hash of each array of `Trainer(frozen=)`, by path.
     """
 
     step: int
@@ -62,17 +63,26 @@ class Saved:
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     place: Mapping[str, Any] | None = None
     came_to: int | None = None
+    frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def contents_of(state: TrainState, saved: Saved, labels: Mapping[str, Any]) -> Contents:
+def contents_of(
+    state: TrainState, saved: Saved, labels: Mapping[str, Any], only: Container[str] | None = None
+) -> Contents:
     """Returns what is written to a checkpoint.
 
     Args:
         state: the train state.
         saved: the rest of the run.
         labels: JSON for lists of checkpoints: `scores`, `best` and the user's `metadata`.
+        only: path names of the arrays of a checkpoint of weights alone; None for all, and the run.
     """
     arrays, spec = arrays_of(state)
+    if only is not None:
+        arrays = {name: array for name, array in arrays.items() if name in only}
+        spec = {name: one for name, one in spec.items() if name in only}
+        saved = dataclasses.replace(saved, callbacks={}, metrics={}, history={}, place=None)
+        labels = {**labels, WEIGHTS_ONLY: True}
     extra: dict[str, jax.Array | np.ndarray] = {}
     host = {
         field.name: encode(getattr(saved, field.name), extra, field.name)
@@ -114,6 +124,11 @@ def problems(store: Store, step: int) -> list[str]:
     except (OSError, ValueError) as error:
         return [str(error)]
     return []
+
+
+def is_weights_only(store: Store, step: int) -> bool:
+    """Says whether a checkpoint holds weights alone, and no run."""
+    return bool(store.meta(step).get(WEIGHTS_ONLY))
 
 
 def load_saved(store: Store, step: int) -> Saved:

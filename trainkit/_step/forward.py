@@ -5,6 +5,7 @@ Owns how they are called; no update, and no metrics.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainkit._core.typing import Batch, PyTree, Variables
 from trainkit._core.weighted import Weighted
 from trainkit._models.model import Model
 from trainkit._step.checks import check_loss_result, check_losses, explained_shapes
+from trainkit._step.given import Constants
 from trainkit.parallel._strategy import Strategy
 
 
@@ -46,18 +48,25 @@ class Forward:
         strategy: maps a function of one example, or of one replica's rows, over the batch.
         user: the functions.
         remat: recompute activations in the backward pass; True, or a policy of `jax.checkpoint_policies`.
+        constants: what the trainer gives its steps beside state and batch.
     """
 
     def __init__(
-        self, model: Model, strategy: Strategy, user: UserFunctions, remat: bool | Callable[..., bool]
+        self,
+        model: Model,
+        strategy: Strategy,
+        user: UserFunctions,
+        remat: bool | Callable[..., bool],
+        constants: Constants,
     ) -> None:
         self._model, self._strategy, self._user, self._remat = model, strategy, user, remat
+        self._constants = constants
         self.weighted = False
 
     def variables(self, rng: jax.Array, batch: Batch) -> dict[str, Any]:
         """Returns the variables that one call of the loss creates."""
         mask = self._strategy.example(self.real(batch, None))
-        ctx = StepContext(train=True, step=jnp.zeros((), jnp.int32), rng=rng, mask=mask)
+        ctx = self._context(train=True, step=jnp.zeros((), jnp.int32), rng=rng, mask=mask)
         with self._strategy.context():
             return self._model.init(self._checked_loss, rng, self._strategy.example(batch), ctx)
 
@@ -95,7 +104,7 @@ class Forward:
         """Returns what `predict_step` gives, leaves `[batch, ...]`."""
 
         def forward(variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array) -> Any:
-            ctx = StepContext(train=False, step=step, rng=rng, mask=mask, params=variables["params"])
+            ctx = self._context(train=False, step=step, rng=rng, mask=mask, params=variables["params"])
             with self._strategy.context():
                 result, _ = self._model.apply(
                     self._user.predict_step, variables, rng, batch, ctx, train=False
@@ -104,6 +113,22 @@ class Forward:
 
         mapped = self._strategy.map_forward(forward)
         return mapped(variables, batch, self.real(batch, mask), step, rng)[0]
+
+    def captured(
+        self,
+        variables: Variables,
+        batch: Batch,
+        mask: jax.Array | None,
+        step: jax.Array | int,
+        rng: jax.Array,
+    ) -> dict[str, Any]:
+        """Returns what each module returned in a training pass, leaves `[rows, ...]`; see `Model.captured`."""
+
+        def forward(variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array) -> Any:
+            ctx = self._context(train=True, step=step, rng=rng, mask=mask, params=variables["params"])
+            return self._model.captured(self._checked_loss, variables, rng, batch, ctx), {}, {}
+
+        return self._strategy.map_forward(forward)(variables, batch, self.real(batch, mask), step, rng)[0]
 
     def rows(self, batch: Batch) -> int | None:
         """Returns the leading dimension of `batch`; None where it is one unit."""
@@ -120,15 +145,26 @@ class Forward:
         return {} if self._user.units else {"mask": self.real(batch, mask)}
 
     def applied(
-        self, fn: Callable[..., Any], variables: Variables, args: tuple[Any, ...], rng: jax.Array
+        self,
+        fn: Callable[..., Any],
+        variables: Variables,
+        args: tuple[Any, ...],
+        step: jax.Array | int,
+        rng: jax.Array,
     ) -> Any:
-        """Returns `fn(bound module, *args)` with the batch axis bound, of size 1 where rows are mapped over it."""
+        """Returns `fn(bound module, *args)` with the batch axis bound, of size 1 where rows are mapped over it.
 
-        def forward(variables: Any, *_: Any) -> Any:
+        A function with a parameter named `ctx` is given the context by that name.
+        """
+        asks = asks_for_context(fn)
+
+        def forward(variables: Any, _: Any, mask: jax.Array, step: jax.Array, own: jax.Array) -> Any:
+            ctx = self._context(train=False, step=step, rng=rng, mask=mask, params=variables["params"])
+            called = functools.partial(fn, ctx=ctx) if asks else fn
             with self._strategy.context():
-                return self._model.apply(fn, variables, rng, *args, train=False)[0], {}, {}
+                return self._model.apply(called, variables, rng, *args, train=False)[0], {}, {}
 
-        one_row, step = jnp.zeros((1,)), jnp.zeros((), jnp.int32)
+        one_row = jnp.zeros((1,))
         result = self._strategy.map_forward(forward)(variables, one_row, jnp.ones((1,), bool), step, rng)[0]
         return jax.tree.map(lambda leaf: leaf[0], result) if self.sees_one_example else result
 
@@ -140,7 +176,7 @@ class Forward:
     def _loss(
         self, train: bool, variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array
     ) -> Any:
-        ctx = StepContext(train=train, step=step, rng=rng, mask=mask, params=variables["params"])
+        ctx = self._context(train=train, step=step, rng=rng, mask=mask, params=variables["params"])
         with self._strategy.context():
             (losses, outputs), updated = self._model.apply(
                 self._checked_loss, variables, rng, batch, ctx, train=train
@@ -149,7 +185,19 @@ class Forward:
         carried = {name: updated[name] for name in variables if train and name in updated}
         return losses, outputs, carried
 
+    def _context(self, **known: Any) -> StepContext:
+        given = self._constants.now()
+        return StepContext(frozen=given.frozen, hparams=given.hparams, **known)
+
     def _checked_loss(self, module: Any, batch: Batch, ctx: StepContext) -> tuple[jax.Array, dict[str, Any]]:
         with explained_shapes(batch, one_example=self.sees_one_example):
             result = self._user.loss(module, batch, ctx)
         return check_loss_result(result)
+
+
+def asks_for_context(fn: Callable[..., Any]) -> bool:
+    """Says whether a function has a parameter named `ctx`."""
+    try:
+        return "ctx" in inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return False

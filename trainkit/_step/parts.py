@@ -43,6 +43,19 @@ class Pass(NamedTuple):
 
 
 @flax.struct.dataclass
+class Share:
+    """What one batch of several contributed to the gradient of a step, on this replica.
+
+    Attributes:
+        weight: `float32[]`, the sum of its weights; None where the losses have none.
+        grads: its part of the sum that is the gradient, with the loss scale still in it.
+    """
+
+    weight: jax.Array | None
+    grads: PyTree
+
+
+@flax.struct.dataclass
 class Updated:
     """One optimizer update.
 
@@ -54,6 +67,7 @@ class Updated:
         model_state: the collections after it; None where `train_step` is overridden.
         outputs: for the metrics, one mapping per batch of the step.
         per_example: whether the losses come one per example.
+        shares: of the batches of the step, where there may be several.
     """
 
     state: TrainState
@@ -63,6 +77,7 @@ class Updated:
     model_state: dict[str, Any] | None
     outputs: list[dict[str, Any]]
     per_example: bool = flax.struct.field(pytree_node=False)
+    shares: list[Share] = flax.struct.field(default_factory=list)
 
     def told(self, before: TrainState) -> StepValues:
         """Returns what hooks are told of this update of `before`."""

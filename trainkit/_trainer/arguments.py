@@ -1,13 +1,15 @@
 """The arguments of a trainer: refused early, with what was got, what is allowed and what to do. Owns no state."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import clu.metrics
 
 from trainkit._core.cadence import as_cadence
+from trainkit._engine.views import AVERAGED, LIVE
 from trainkit.callbacks._callback import Callback
+from trainkit.callbacks._hparams import HParams, flat_hparams
 from trainkit.callbacks._log_metrics import LogMetrics
 from trainkit.parallel._mesh import Mesh
 from trainkit.parallel._per_example import PerExample
@@ -34,18 +36,51 @@ def check_callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
         as_cadence(callback.every, f"{type(callback).__name__}.every")
     if len({id(callback) for callback in callbacks}) != len(callbacks):
         raise ValueError("callbacks has the same object twice; give each once.")
+    staging = [type(callback).__name__ for callback in callbacks if callback._stages() is not None]
+    if len(staging) > 1:
+        raise ValueError(
+            f"callbacks has {' and '.join(staging)}, and one alone says what is trained. Give all patterns to one "
+            "Finetune."
+        )
     names = [hook.name for callback in callbacks if (hook := callback.step_hook()) is not None]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two callbacks keep state under state.hooks[{twice[0]!r}]; give one another name=.")
+    probes = [probe.name for callback in callbacks if (probe := callback.step_probe()) is not None]
+    twice = sorted({name for name in probes if probes.count(name) > 1})
+    if twice:
+        raise ValueError(f"two callbacks have a probe named {twice[0]!r}; give one another name=.")
+    _check_views([view.name for callback in callbacks if (view := callback.eval_view()) is not None])
     return tuple(callbacks)
 
 
-def with_defaults(callbacks: tuple[Callback, ...]) -> tuple[Callback, ...]:
-    """Returns the callbacks with those that every trainer has unless it is given its own."""
-    if any(isinstance(callback, LogMetrics) for callback in callbacks):
+def _check_views(names: list[str]) -> None:
+    for name in names:
+        if not isinstance(name, str) or name in (AVERAGED, LIVE):
+            raise ValueError(
+                f"a callback gives a view with the name {name!r}; give it another name=, a str: 'averaged' is the "
+                "first view whatever its name, and 'live' the state itself."
+            )
+        if names.count(name) > 1:
+            raise ValueError(f"two callbacks give a view with the name {name!r}; give one another name=.")
+
+
+def with_defaults(callbacks: tuple[Callback, ...], *, logs_hparams: bool) -> tuple[Callback, ...]:
+    """Returns the callbacks with those that a trainer has unless it is given its own."""
+    if not any(isinstance(callback, LogMetrics) for callback in callbacks):
+        callbacks = (LogMetrics(), *callbacks)
+    if not logs_hparams or any(isinstance(callback, HParams) for callback in callbacks):
         return callbacks
-    return (LogMetrics(), *callbacks)
+    # Last of all: at the end of a fit it looks at what the others have written.
+    return (*callbacks, HParams())
+
+
+def check_hparams(hparams: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Returns the hyperparameters, refusing what could not be logged."""
+    if hparams is None:
+        return {}
+    flat_hparams("Trainer(hparams=...)", hparams)
+    return hparams
 
 
 def check_metrics(collection: object) -> None:

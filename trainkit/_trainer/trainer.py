@@ -4,7 +4,7 @@ import functools
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, final
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ import optax
 from trainkit._calls.calls import CallSettings
 from trainkit._core.cadence import Cadence, as_cadence
 from trainkit._core.state import TrainState
-from trainkit._core.typing import Batch
+from trainkit._core.typing import Batch, PyTree
 from trainkit._debug.diagnosis import Diagnosis
 from trainkit._debug.replay import Replay
 from trainkit._engine.cpu_settings import describe_allocator, set_up_cpu, switched_on
@@ -28,11 +28,13 @@ from trainkit._models.choose import model_of
 from trainkit._models.precision import resolve_precision
 from trainkit._resume.restore import Restored
 from trainkit._step.forward import UserFunctions
+from trainkit._step.given import Constants
 from trainkit._step.steps import Steps
 from trainkit._trainer.arguments import (
     check_accumulate,
     check_callbacks,
     check_dry_run,
+    check_hparams,
     check_interrupt,
     check_length,
     check_metrics,
@@ -42,10 +44,13 @@ from trainkit._trainer.arguments import (
 )
 from trainkit._trainer.asking import Asking
 from trainkit._trainer.overridable import OVERRIDABLE
+from trainkit._trainer.run_card import run_card
 from trainkit._trainer.summary import overview
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._checkpoint import Checkpoint
 from trainkit.checkpoint._store import Store
+from trainkit.optim._by_path import ByPath
+from trainkit.optim._staged import staged
 from trainkit.parallel._strategy import Strategy
 from trainkit.writers._logdir import local_folder
 from trainkit.writers._writer import MetricWriter
@@ -68,6 +73,9 @@ class Trainer(Asking):
         accumulate: int, batches whose gradients make one update, exactly that of the joined batch.
         remat: recompute activations in the backward pass instead of keeping them; True, or a policy of
             `jax.checkpoint_policies`.
+        hparams: hyperparameters by name: bool, int, float, str, or mappings and lists of these. The numbers among them
+            (not True and False) reach `loss` and `predict_step` as `float32[]` in `ctx.hparams`. All are logged with
+            the seed, the batch size and injected hyperparameters, for TensorBoard's HPARAMS page; see `HParams`.
         logdir: folder for TensorBoard and JSONL logs; None writes none.
         writers: further objects of `MetricWriter`; they are flushed, and stay yours to close.
         steps_per_call: training steps in one call of a compiled program, where nothing is due between them: an int
@@ -85,6 +93,8 @@ class Trainer(Asking):
         dry_run: int >= 1: every fit runs so many steps, evaluations of as many batches, and at its last step every
             callback and every save, whatever its cadence; logs and checkpoints go to a temporary folder, which is
             `info.logdir`, your own `writers` get nothing, and `resume` is ignored. To see that a long run will work.
+        frozen: trees of arrays by name, such as the variables of a teacher: every step takes them as arguments, in
+            `ctx.frozen`. They are neither trained nor saved; a run is resumed with equal ones only.
 
     Raises:
         TypeError: an argument is of the wrong kind, e.g. a callback class instead of an object.
@@ -113,6 +123,7 @@ class Trainer(Asking):
         precision: str = "float32",
         accumulate: int = 1,
         remat: bool | Callable[..., bool] = False,
+        hparams: Mapping[str, Any] | None = None,
         logdir: str | os.PathLike[str] | None = None,
         writers: Sequence[MetricWriter] = (),
         steps_per_call: int | Literal["auto"] = "auto",
@@ -121,13 +132,15 @@ class Trainer(Asking):
         overwrite: bool = False,
         interrupt: Literal["return", "raise"] = "return",
         dry_run: int | None = None,
+        frozen: Mapping[str, PyTree] | None = None,
     ) -> None:
         self._precision = resolve_precision(precision)
         self._model = model_of(model, self._precision)
         if not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise TypeError(f"tx={tx!r}: expected an optax transformation, e.g. optax.adam(1e-3).")
         self._tx = tx
-        self._callbacks = with_defaults(check_callbacks(callbacks))
+        self._hparams = check_hparams(hparams)
+        self._callbacks = with_defaults(check_callbacks(callbacks), logs_hparams=hparams is not None)
         self._strategy = resolve_strategy(strategy, self.batch_axis)
         self._seed, self._remat = seed, remat
         self._accumulate = check_accumulate(accumulate, own_step=self._overridden("train_step") is not None)
@@ -140,6 +153,7 @@ class Trainer(Asking):
         # A dry run measures nothing, and leaves nothing of what it measured.
         calls = 1 if dry_run is not None and steps_per_call == "auto" else steps_per_call
         self._settings = CallSettings(check_steps_per_call(calls), self._cpu_settings)
+        self._constants = Constants(frozen, hparams)
         check_metrics(self.metrics)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -236,6 +250,8 @@ class Trainer(Asking):
             stores=tuple(stores),
             keep_compiled=self._keep_compiled,
             overwrite=self._overwrite,
+            hparams=self._hparams,
+            card=lambda: run_card(self.summary()),
         )
         if self._cpu_settings:
             set_up_cpu(self._engine.steps, lambda: first_spec(source))
@@ -261,7 +277,9 @@ class Trainer(Asking):
         The whole of it sets this trainer to that step: state, history and place in the data; a fit then goes on
         from there, with callbacks that begin afresh. (`fit(..., resume=True)` is what goes on exactly.) With
         `partial`, only parameters and mutable collections of equal path, shape and dtype are taken, as for
-        fine-tuning; step, optimizer and all else stay, and what was left is told.
+        fine-tuning; step, optimizer and all else stay, and what was left is told. Of a checkpoint of weights only
+        (`Checkpoint(weights_only=True)`) step, model and averages are taken, for evaluations or as the start of another
+        run: the optimizer begins afresh, and history and place in the data stay.
 
         Args:
             path: a `logdir`, its folder of checkpoints, or one checkpoint.
@@ -319,9 +337,7 @@ class Trainer(Asking):
             FileNotFoundError: there is neither a state kept nor a checkpoint before `step`.
             ValueError: data are needed and there are none, or too few.
         """
-        store = next(
-            (Store(c.folder(self._logdir)) for c in self._callbacks if isinstance(c, Checkpoint)), None
-        )
+        store = next((Store(keeper.folder(self._logdir)) for keeper in self._keepers()), None)
         data = self._run.data if data is None else data
         source = None if data is None else self._source_of(data)
         return Replay(self._engine, self._logdir, store, source, self._accumulate).run(
@@ -336,7 +352,8 @@ class Trainer(Asking):
             "steps per call": self._engine.describe_calls(),
             **({"allocator": describe_allocator()} if jax.default_backend() == "cpu" else {}),
         }
-        return overview(self._current("summary"), settings)
+        group_of = self._tx.group_of if isinstance(self._tx, ByPath) else None
+        return overview(self._current("summary"), settings, group_of)
 
     # Wiring ---------------------------------------------------------------------------------------------------
 
@@ -345,6 +362,7 @@ class Trainer(Asking):
     def _engine(self) -> Engine:
         self._strategy = self._strategy.with_names(self._model.names())
         hooks = tuple(hook for callback in self._callbacks if (hook := callback.step_hook()) is not None)
+        probes = tuple(probe for callback in self._callbacks if (probe := callback.step_probe()) is not None)
         user = UserFunctions(
             loss=self.loss,
             predict_step=self.predict_step,
@@ -353,25 +371,46 @@ class Trainer(Asking):
             eval_step=self._overridden("eval_step"),
             units=self.batch_axis is None,
         )
+        stages = next((found for one in self._callbacks if (found := one._stages()) is not None), None)
         steps = Steps(
             model=self._model,
-            tx=self._tx,
+            tx=self._tx if stages is None else staged(self._tx, stages.patterns),
             strategy=self._strategy,
             hooks=hooks,
             user=user,
             precision=self._precision,
             accumulate=self._accumulate,
             remat=self._remat,
+            constants=self._constants,
         )
         return Engine(
-            steps, self._strategy, self.metrics, scaled=self._precision.scaled, settings=self._settings
+            steps,
+            self._strategy,
+            self.metrics,
+            scaled=self._precision.scaled,
+            probes=probes,
+            views=[view for callback in self._callbacks if (view := callback.eval_view()) is not None],
+            settings=self._settings,
+            stages=stages,
         )
 
     def _checkpoints(self) -> list[Store]:
-        keepers = [callback for callback in self._callbacks if isinstance(callback, Checkpoint)]
+        keepers = self._keepers()
         if not keepers:
-            raise ValueError("resume=True needs checkpoints: add tk.callbacks.Checkpoint() to the callbacks.")
+            why = (
+                " Those with weights_only=True can't be resumed from."
+                if any(isinstance(callback, Checkpoint) for callback in self._callbacks)
+                else ""
+            )
+            raise ValueError(
+                f"resume=True needs checkpoints: add tk.callbacks.Checkpoint() to the callbacks.{why}"
+            )
         return [Store(keeper.folder(self._logdir)) for keeper in keepers]
+
+    def _keepers(self) -> list[Checkpoint]:
+        """Returns the checkpoints that hold the whole run."""
+        keepers = [callback for callback in self._callbacks if isinstance(callback, Checkpoint)]
+        return [keeper for keeper in keepers if not keeper.weights_only]
 
 
 _FINAL = frozenset(

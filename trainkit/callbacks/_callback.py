@@ -8,8 +8,12 @@ from typing import Any, ClassVar
 
 from trainkit._core.cadence import Cadence, Every
 from trainkit._core.state import TrainState
+from trainkit._core.typing import Batch
 from trainkit.callbacks._info import Info
 from trainkit.hooks._hook import StepHook
+from trainkit.hooks._probe import StepProbe
+from trainkit.hooks._view import View
+from trainkit.optim._stages import Stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +154,39 @@ class Callback:
         """Returns the pure pair to trace into the compiled training step, None for none."""
         return None
 
+    def step_probe(self) -> StepProbe | None:
+        """Returns what is to be computed in the steps at which `every` is due; `info.probed` then has the values.
+
+        A cadence in seconds can't be known beforehand, nor the end of a pass of unknown length: `on_step` is then
+        called after the step that follows, and the values are of that.
+        """
+        return None
+
+    def eval_view(self) -> View | None:
+        """Returns how the state is evaluated, predicted, exported and applied with; None for no view.
+
+        With several, `weights="averaged"` is that of the callback given first.
+        """
+
+    def _stages(self) -> Stages | None:
+        """Returns from which step on groups of parameters are trained, None to have no say; of one trainer one has."""
+        return None
+
     def implements(self, hook: str) -> bool:
         """Says whether the method named `hook` does anything; others are never called."""
         return getattr(type(self), hook) is not getattr(Callback, hook)
+
+    # Hooks of trainkit's own callbacks, called as the others are.
+
+    def _see_batch(self, batch: Batch) -> None:
+        """Called with each training batch that was handed to a step, as the source gave it: to count what is in it.
+
+        It costs a call for each batch, where batches lie on the device their reading on the host too; a class that does
+        not override it costs nothing. Several processes all see the whole batch.
+
+        Args:
+            batch: leaves `[rows, ...]` on the host, without padding; neither to be kept nor changed.
+        """
+
+    def _on_result(self, info: Info) -> None:
+        """Called after every `close`, where nothing raised: for what is known when all is done, as `info.timing`."""

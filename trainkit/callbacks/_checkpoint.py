@@ -13,7 +13,7 @@ from trainkit.callbacks._callback import Action, Callback, Phase, Save
 from trainkit.callbacks._info import Info
 from trainkit.callbacks._monitor import check_count
 from trainkit.checkpoint._reading import FOLDER
-from trainkit.checkpoint._retention import Best, Retention
+from trainkit.checkpoint._retention import Best, Retention, best_steps
 from trainkit.checkpoint._store import Contents, Store
 
 MakeContents = Callable[[Mapping[str, Any]], Contents]
@@ -34,12 +34,16 @@ class Checkpoint(Callback):
         keep: int >= 1, how many of the newest are kept; None keeps all.
         best: `(name, mode)`, e.g. `("eval/loss", "min")`: the checkpoint with the best value of this metric is kept
             as well. Of equal values the older is; NaN is never the best.
+        top: int >= 1, how many of the best are kept; wants `best`. What is kept is the union: the newest, and the best.
+        weights_only: save parameters, model state and the averages that evaluations read, and nothing else: for
+            `trainer.restore`, then `evaluate` or a run from these weights. A run can't be resumed from it, nor rolled
+            back to it: give a second `Checkpoint`, with a `folder` of its own, for that.
         folder: where to; None for `checkpoints` in the `logdir` of the trainer.
         metadata: JSON values to keep with each, e.g. the configuration of the run.
 
     Raises:
         TypeError: `every` is not a cadence, or `metadata` is not JSON.
-        ValueError: `keep` or `best` can't be; at the start of a fit, when there is no folder, or when it has
+        ValueError: `keep`, `best` or `top` can't be; at the start of a fit, when there is no folder, or when it has
             checkpoints of later steps than the fit begins from, which saving would mix with those of another run;
             at the first evaluation, when the metric of `best` is not in it.
         OSError: a checkpoint could not be written, those before it are whole; at the start of a fit, when the folder
@@ -47,6 +51,7 @@ class Checkpoint(Callback):
 
     Example:
         >>> checkpoint = Checkpoint(Every(steps=1000), keep=3, best=("eval/loss", "min"))
+        >>> weights = Checkpoint(best=("eval/loss", "min"), top=5, keep=1, weights_only=True, folder="runs/best")
     """
 
     phase: ClassVar[Phase] = Phase.CHECKPOINT
@@ -57,6 +62,8 @@ class Checkpoint(Callback):
         *,
         keep: int | None = 3,
         best: tuple[str, Literal["min", "max"]] | None = None,
+        top: int | None = None,
+        weights_only: bool = False,
         folder: str | os.PathLike[str] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
@@ -64,13 +71,23 @@ class Checkpoint(Callback):
         if keep is not None:
             check_count("Checkpoint", "keep", keep, least=1, why="the newest one is what a resumed run needs")
         self._best = None if best is None else _as_best(best)
-        self._retention = Retention(keep, self._best)
+        self._top = 1
+        if top is not None:
+            check_count("Checkpoint", "top", top, least=1, why="it is how many of the best are kept")
+            if best is None:
+                raise ValueError(
+                    f"Checkpoint(top={top}) keeps the best by a metric: say which, e.g. best=('eval/loss', 'min')."
+                )
+            self._top = top
+        self.weights_only = weights_only
+        self._retention = Retention(keep, self._best, self._top)
         self._folder = None if folder is None else pathlib.Path(folder)
         self._metadata = dict(metadata or {})
         _check_json(self._metadata)
         self._store: Store | None = None
         self._scores: tuple[int, dict[str, float]] = (-1, {})
-        self._best_value: float | None = None
+        self._best_values: list[float] = []
+        self._begun = False
 
     def folder(self, logdir: pathlib.Path | None) -> pathlib.Path:
         """Returns where the checkpoints of a trainer with this `logdir` are.
@@ -94,7 +111,12 @@ class Checkpoint(Callback):
         self._store.prepare()
         self._store.clean()
         later = [step for step in self._store.steps() if step > info.step]
-        if later:
+        begun, self._begun = self._begun, True
+        if begun and self.weights_only:
+            # Resumed from another folder, the run comes to these steps again, as its logs do.
+            for step in later:
+                self._store.remove(step)
+        elif later:
             raise ValueError(
                 f"{self._store.folder} has checkpoints of the steps {', '.join(map(str, later))}, and this fit begins "
                 f"at step {info.step}. To go on with that run write fit(..., resume=True); for a new one give "
@@ -112,19 +134,25 @@ class Checkpoint(Callback):
         value = float(info.metrics[self._best.name])
         self._scores = info.step, {self._best.name: value}
         sign = 1 if self._best.mode == "min" else -1
-        if math.isnan(value) or (self._best_value is not None and sign * value >= sign * self._best_value):
+        if math.isnan(value):
             return None
-        self._best_value = value
+        ranked = sorted(
+            [*self._best_values, value], key=lambda one: sign * one
+        )  # keeps the order of equal ones
+        if len(ranked) > self._top and value == ranked[-1]:
+            return None
+        self._best_values = ranked[: self._top]
         return Save()
 
     def on_step(self, info: Info) -> Action:
         return Save()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_value": self._best_value}
+        return {"best_values": list(self._best_values), "begun": self._begun}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._scores, self._best_value = (-1, {}), state["best_value"]
+        self._scores, self._begun = (-1, {}), bool(state["begun"])
+        self._best_values = [float(value) for value in state["best_values"]]
 
     def close(self) -> None:
         store, self._store = self._store, None
@@ -169,9 +197,9 @@ class Checkpoint(Callback):
         for later in store.steps():
             if later > step:
                 store.remove(later)
-        best = None if self._best is None else store.best(self._best)
-        known = {} if best is None else store.scores()[best]
-        self._best_value = None if self._best is None else known.get(self._best.name)
+        if self._best is not None:
+            name, scores = self._best.name, store.scores()
+            self._best_values = [scores[step][name] for step in best_steps(scores, self._best, self._top)]
 
     def _labels(self, scores: Mapping[str, float]) -> dict[str, Any]:
         best = None if self._best is None else (self._best.name, self._best.mode)

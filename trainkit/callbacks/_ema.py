@@ -2,15 +2,17 @@
 
 from trainkit._core.state import TrainState
 from trainkit.callbacks._callback import Callback
-from trainkit.hooks._ema import ema_hook, find_ema, view
+from trainkit.hooks._ema import EmaState, ema_hook, view
 from trainkit.hooks._hook import StepHook
+from trainkit.hooks._view import View
 
 
 class EMA(Callback):
     """Keeps `ema = decay * ema + (1 - decay) * params` in `state.hooks[name]`, once per optimizer update.
 
-    `evaluate` and `predict` read the averages unless told `weights="live"`. The live weights are never
-    swapped. Leaves that are not floats are copied.
+    It gives a view of the state: `evaluate`, `predict` and `apply` read the averages unless told `weights="live"`,
+    of several those of the callback given first or of the name asked for. The live weights are never swapped. Leaves
+    that are not floats are copied.
 
     Args:
         decay: float in (0, 1), or None when `half_life` is given.
@@ -18,7 +20,7 @@ class EMA(Callback):
         debias: start at zero and divide by `1 - decay**t` when read (Kingma and Ba 2015, section 3), instead
             of starting at the initial weights.
         batch_stats: average `batch_stats` too.
-        name: key in `state.hooks`.
+        name: key in `state.hooks`, and of the view.
 
     Raises:
         ValueError: not exactly one of `decay` and `half_life`, or one out of range.
@@ -54,6 +56,15 @@ class EMA(Callback):
     def step_hook(self) -> StepHook:
         return ema_hook(self._name, self.decay, debias=self._debias, batch_stats=self._batch_stats)
 
+    def eval_view(self) -> View:
+        name = self._name
+
+        def fn(state: TrainState) -> TrainState:
+            memory = state.hooks.get(name)  # a state made elsewhere has none until it is trained
+            return view(state, memory) if isinstance(memory, EmaState) else state
+
+        return View(name, fn)
+
     @staticmethod
     def view(state: TrainState, name: str | None = None) -> TrainState:
         """Returns `state` with the averages in place of `params` and `batch_stats`.
@@ -65,7 +76,8 @@ class EMA(Callback):
         Raises:
             ValueError: the state holds no such average.
         """
-        memory = state.hooks.get(name) if name else find_ema(state)
+        averages = {key: memory for key, memory in state.hooks.items() if isinstance(memory, EmaState)}
+        memory = averages.get(name) if name else next(iter(averages.values()), None)
         if memory is None:
             raise ValueError(
                 f"state.hooks has {sorted(state.hooks) or 'nothing'} and no average"

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from trainkit._core.tree import describe, path_name
@@ -43,22 +44,58 @@ def labels_of(opt_state: PyTree, name: str) -> list[str]:
     paths = [path for path, node in _find(opt_state) if name in node.hyperparams]
     if len(paths) < 2:
         return [""] * len(paths)
-    short = [
-        "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)) for path in paths
-    ]
+    short = ["/".join(_labels(path)) for path in paths]
     distinct = len(set(short)) == len(short) and all(short)
     return short if distinct else [path_name(path) for path in paths]
 
 
-def check_changeable(owner: str, opt_state: PyTree, name: str) -> None:
+def numbers_of(opt_state: PyTree) -> dict[str, Any]:
+    """Returns the hyperparameters that are single numbers, by name, or `name/<label>` of several.
+
+    Those that a schedule computes are left out: what they are at one step says little.
+    """
+    found: dict[str, Any] = {}
+    nodes = [node for _, node in _find(opt_state)]
+    for name in dict.fromkeys(name for node in nodes for name in node.hyperparams):
+        having = [node for node in nodes if name in node.hyperparams]
+        for label, node in zip(labels_of(opt_state, name), having, strict=True):
+            value = node.hyperparams[name]
+            if name not in getattr(node, "hyperparams_states", {}) and jnp.ndim(value) == 0:
+                found[f"{name}/{label}" if label else name] = as_shown(np.asarray(value))
+    return found
+
+
+def as_shown(array: np.ndarray) -> Any:
+    """Returns an array of one element as Python's number, a float with no more digits than its dtype has."""
+    item = array.reshape(()).item()
+    return float(str(array.reshape(())[()])) if isinstance(item, float) else item
+
+
+def check_changeable(owner: str, opt_state: PyTree, name: str, group: str | None = None) -> None:
     """Refuses an optimizer state in which changing the hyperparameter `name` has no lasting effect.
 
+    Args:
+        owner: who changes it.
+        opt_state: of the optimizer.
+        name: of the hyperparameter.
+        group: label of `optax.partition` or pattern of `by_path`; None for all.
+
     Raises:
-        ValueError: there is no such hyperparameter, a schedule computes it, or it is not a float.
+        ValueError: there is no such hyperparameter or no such group, a schedule computes it, or it is not a float.
     """
     found = [(path, node) for path, node in _find(opt_state) if name in node.hyperparams]
     if not found:
         raise ValueError(f"{owner} changes {name!r} in the optimizer state, {_missing(opt_state)}.")
+    groups = sorted({key for path, _ in found for key in _labels(path)})
+    found = [(path, node) for path, node in found if _is_in(group, path)]
+    if not found:
+        known = (
+            f"the groups that have it are {', '.join(map(repr, groups))}" if groups else "it has no groups"
+        )
+        raise ValueError(
+            f"{owner} changes {name!r} in the group {group!r} of the optimizer, which is not there: {known}. Groups "
+            "are the patterns of tk.optim.by_path, or the labels of optax.partition."
+        )
     for path, node in found:
         if name in getattr(node, "hyperparams_states", {}):
             raise ValueError(
@@ -68,7 +105,7 @@ def check_changeable(owner: str, opt_state: PyTree, name: str) -> None:
             )
         if not jnp.issubdtype(jnp.result_type(node.hyperparams[name]), jnp.floating):
             raise ValueError(
-                f"{owner} multiplies {name!r}, which is {describe(node.hyperparams[name])}; give "
+                f"{owner} changes {name!r}, which is {describe(node.hyperparams[name])}; give "
                 "inject_hyperparams a float."
             )
 
@@ -78,16 +115,19 @@ def missing(owner: str, opt_state: PyTree, name: str) -> str:
     return f"{owner} reads {name!r} from the optimizer state, {_missing(opt_state)}"
 
 
-def change(opt_state: PyTree, name: str, fn: Callable[[Any], Any]) -> PyTree:
-    """Returns `opt_state` with `fn` applied to every hyperparameter `name`."""
+def change(opt_state: PyTree, name: str, fn: Callable[[Any], Any], group: str | None = None) -> PyTree:
+    """Returns `opt_state` with `fn` applied to every hyperparameter `name`, or to those in one group."""
 
-    def visit(node: Any) -> Any:
+    def visit(path: _Path, node: Any) -> Any:
         if not _is_injected(node):
             return node
-        new = {key: fn(value) if key == name else value for key, value in node.hyperparams.items()}
-        return node._replace(hyperparams=new, inner_state=change(node.inner_state, name, fn))
+        # What lies within a node of the group belongs to it too.
+        inside = None if _is_in(group, path) else group
+        takes = name if inside is None else None
+        new = {key: fn(value) if key == takes else value for key, value in node.hyperparams.items()}
+        return node._replace(hyperparams=new, inner_state=change(node.inner_state, name, fn, inside))
 
-    return jax.tree.map(visit, opt_state, is_leaf=_is_injected)
+    return jax.tree_util.tree_map_with_path(visit, opt_state, is_leaf=_is_injected)
 
 
 def scale(value: jax.Array, factor: float, *, least: float) -> jax.Array:
@@ -102,9 +142,26 @@ def scale(value: jax.Array, factor: float, *, least: float) -> jax.Array:
         The same shape, dtype, weak type, sharding and commitment, so that a compiled step takes it too.
     """
     value = jnp.asarray(value)
-    new = jnp.minimum(value, jnp.maximum(value * factor, least))
+    return _laid_out_as(value, jnp.minimum(value, jnp.maximum(value * factor, least)))
+
+
+def constant(value: jax.Array, number: float) -> jax.Array:
+    """Returns an array as `value` whose elements are `number`, as `scale` does."""
+    value = jnp.asarray(value)
+    return _laid_out_as(value, jnp.full_like(value, number))
+
+
+def _laid_out_as(value: jax.Array, new: jax.Array) -> jax.Array:
     # Committing an array that was not, or laying it out anew, would compile the step again.
     return jax.device_put(new, value.sharding) if value.committed and new.sharding != value.sharding else new
+
+
+def _labels(path: _Path) -> list[str]:
+    return [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+
+
+def _is_in(group: str | None, path: _Path) -> bool:
+    return group is None or group in _labels(path)
 
 
 def _is_injected(node: Any) -> bool:

@@ -1,13 +1,16 @@
 """What a callback is told: typed, read-only, valid during the call. Owns nothing it shows."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import clu.metrics
 import jax
 
 from trainkit._core.history import History
+from trainkit._core.layer import Layer
 from trainkit._core.state import TrainState
 from trainkit._core.typing import PyTree
 from trainkit.writers._writer import MetricWriter
@@ -24,6 +27,9 @@ class Plan:
         steps_per_epoch: batches of one pass, None while it is not known.
         eval_names: names of the evaluation sources, e.g. `("eval",)`.
         dry_run: whether it only tries everything out: what is written outside of `info.logdir` stays unwritten.
+        seed: of the run.
+        batch_size: examples in a batch.
+        hparams: what `Trainer(hparams=)` was given.
     """
 
     first_step: int = 0
@@ -32,18 +38,50 @@ class Plan:
     steps_per_epoch: int | None = None
     eval_names: tuple[str, ...] = ()
     dry_run: bool = False
+    seed: int = 0
+    batch_size: int | None = None
+    hparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Asked(Protocol):
     """What answers the questions of a hook, for the state of the moment."""
 
-    def evaluate(self, data: Any, *, weights: str, limit: int | None) -> dict[str, Any]: ...
+    def evaluate(
+        self, data: Any, *, weights: str, limit: int | None, metrics: type[clu.metrics.Collection] | None
+    ) -> dict[str, Any]: ...
 
-    def predict(self, data: Any, *, weights: str, limit: int | None) -> PyTree: ...
+    def predict(
+        self, data: Any, *, weights: str, limit: int | None, out: str | os.PathLike[str] | None
+    ) -> PyTree: ...
 
     def apply(
         self, fn: Callable[..., Any], *args: Any, weights: str, rng: jax.Array | int | None
     ) -> PyTree: ...
+
+    def layers(self) -> list[Layer]: ...
+
+
+class Work(NamedTuple):
+    """What the steps of a fit did so far.
+
+    Attributes:
+        steps: that were run, those that a callback went back on included.
+        examples: real rows that they took, padding left out, of all processes.
+    """
+
+    steps: int = 0
+    examples: int = 0
+
+
+class Costs(Protocol):
+    """What says what a fit has cost so far."""
+
+    def timing(self) -> Mapping[str, float]: ...
+
+    def work(self) -> Work: ...
+
+    @property
+    def step_flops(self) -> Callable[[], float | None]: ...
 
 
 class Info:
@@ -54,6 +92,7 @@ class Info:
         metrics: returns the metrics of this moment.
         direction: says which way a metric improves.
         asked: answers questions about the state; None where nothing can.
+        costs: says what the fit has cost so far; None where nothing can.
 
     Attributes:
         step: updates completed.
@@ -63,6 +102,8 @@ class Info:
         writer: where this callback writes; a `MetricWriter`.
         plan: how far the fit is going to run.
         seconds: since the fit began.
+        probed: in `on_step`, what the `step_probe` of this callback gave for the step: arrays on the devices, which no
+            later step takes. None without one.
     """
 
     step: int
@@ -72,10 +113,12 @@ class Info:
     writer: MetricWriter
     plan: Plan
     seconds: float
+    probed: PyTree
     _state: Callable[[], TrainState] | None
     _metrics: Callable[[], Mapping[str, Any]]
     _direction: Callable[[str], str | None]
     _asked: Asked | None
+    _costs: Costs | None
 
     def __init__(
         self,
@@ -91,6 +134,8 @@ class Info:
         seconds: float,
         direction: Callable[[str], str | None],
         asked: Asked | None = None,
+        costs: Costs | None = None,
+        probed: PyTree = None,
     ) -> None:
         # Past __setattr__, which refuses.
         self.__dict__.update(
@@ -101,10 +146,12 @@ class Info:
             writer=writer,
             plan=plan,
             seconds=seconds,
+            probed=probed,
             _state=state,
             _metrics=metrics,
             _direction=direction,
             _asked=asked,
+            _costs=costs,
         )
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -138,36 +185,71 @@ class Info:
             self.__dict__["_read"] = self._metrics()
         return self.__dict__["_read"]
 
+    @property
+    def timing(self) -> Mapping[str, float]:
+        """Seconds of this fit so far by part, as `FitResult.timing` has them at its end; looks at the clock."""
+        return {} if self._costs is None else self._costs.timing()
+
+    @property
+    def work(self) -> Work:
+        """What the steps of this fit did so far."""
+        return Work() if self._costs is None else self._costs.work()
+
+    @property
+    def step_flops(self) -> float | None:
+        """Floating point operations of one training step on all devices, as XLA counts them before it optimises.
+
+        Found at the first look, which lowers the step and compiles nothing; None where the strategy can't tell. A loop
+        on the device (`nn.scan`, `nn.RNN`) counts as one round of it.
+        """
+        return None if self._costs is None else self._costs.step_flops()
+
     def direction(self, name: str) -> str | None:
         """Returns "min" or "max" where a registered metric says which is better under that name, else None."""
         return self._direction(name)
 
-    def evaluate(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        weights: str = "averaged",
+        limit: int | None = None,
+        metrics: type[clu.metrics.Collection] | None = None,
+    ) -> dict[str, Any]:
         """Returns the metrics of the state of this moment over one pass of `data`, as `Trainer.evaluate` does.
 
         Args:
             data: a source, or a mapping of names to sources, which gives `<name>/<metric>`.
-            weights: "averaged" (or "ema") for the averaged weights where a callback keeps an average, "live" for
-                the current ones.
+            weights: "averaged" (or "ema") for those of the first view that a callback gives, where there is one; "live"
+                for the current ones; or the name of a view.
             limit: int >= 1, batches at most; None for all.
+            metrics: another collection than the trainer's, compiled at its first use; make it outside of the hook.
 
         Raises:
             RuntimeError: the call of the hook is over.
         """
-        return self._answers("evaluate").evaluate(data, weights=weights, limit=limit)
+        return self._answers("evaluate").evaluate(data, weights=weights, limit=limit, metrics=metrics)
 
-    def predict(self, data: Any, *, weights: str = "averaged", limit: int | None = None) -> PyTree:
+    def predict(
+        self,
+        data: Any,
+        *,
+        weights: str = "averaged",
+        limit: int | None = None,
+        out: str | os.PathLike[str] | None = None,
+    ) -> PyTree:
         """Returns what `predict_step` gives with the state of this moment for each example, as NumPy arrays.
 
         Args:
             data: a source.
             weights: as for `evaluate`.
             limit: as for `evaluate`.
+            out: as for `Trainer.predict`.
 
         Raises:
             RuntimeError: the call of the hook is over.
         """
-        return self._answers("predict").predict(data, weights=weights, limit=limit)
+        return self._answers("predict").predict(data, weights=weights, limit=limit, out=out)
 
     def apply(
         self,
@@ -182,7 +264,7 @@ class Info:
         compiled once and kept by `fn`, so define `fn` outside of the hook.
 
         Args:
-            fn: e.g. `lambda model, z: model.decode(z)`.
+            fn: e.g. `lambda model, z: model.decode(z)`; one with a parameter named `ctx` is given the `StepContext`.
             *args: trees of arrays and numbers.
             weights: as for `evaluate`.
             rng: a key or an int, of all streams of the module; by default that of the step.
@@ -192,6 +274,14 @@ class Info:
             TypeError: `fn` is no function, or `args` hold something else.
         """
         return self._answers("apply").apply(fn, *args, weights=weights, rng=rng)
+
+    def layers(self) -> list[Layer]:
+        """Returns the modules of the model: shapes in and out, parameters, operations, by one trace of an evaluation.
+
+        Raises:
+            RuntimeError: the call of the hook is over.
+        """
+        return self._answers("layers").layers()
 
     def expire(self) -> None:
         """Ends the validity of `state` and of the questions; the loop calls this after the hook."""

@@ -1,4 +1,4 @@
-"""`Progress`: gathers how far a fit is and shows it. Computes no metric; its look is `_progress_view`'s."""
+"""`Progress`: gathers how far a fit is and shows it. Computes no metric; its look is others'."""
 
 import collections
 import contextlib
@@ -16,6 +16,7 @@ from trainkit._core.cadence import Cadence, Every, as_cadence
 from trainkit._core.typing import Clock
 from trainkit.callbacks._callback import Callback
 from trainkit.callbacks._info import Info
+from trainkit.callbacks._progress_notebook import Notebook, in_notebook
 from trainkit.callbacks._progress_view import Bar, Lines, Report
 
 _LOGGER = logging.getLogger("trainkit")
@@ -26,7 +27,7 @@ _LOST = (OSError, ValueError)
 
 
 class Progress(Callback):
-    """Shows epoch, step, speed, times and the newest metrics: a live bar on a terminal, else plain lines.
+    """Shows epoch, step, speed, times and the newest metrics: a live bar on a terminal or in a notebook, else lines.
 
     Training metrics are shown one interval late, so that showing them never holds up the devices. Plain lines
     come at most every 10 seconds, at the end of an epoch at most every second, and once at the end. Only the
@@ -34,7 +35,7 @@ class Progress(Callback):
 
     Args:
         every: cadence.
-        stream: where to; None for `sys.stderr`.
+        stream: where to; None for the output of the cell in a notebook, else for `sys.stderr`.
         clock: returns seconds.
 
     Raises:
@@ -53,15 +54,14 @@ class Progress(Callback):
     ) -> None:
         self.every = as_cadence(every, "every")
         self._stream, self._clock = stream, clock
-        self._view: Bar | Lines | None = None
+        self._view: Bar | Lines | Notebook | None = None
         self._begin(step=0)
 
     def on_fit_start(self, info: Info) -> None:
         self._begin(info.step)
         self.reads_epoch = bool(info.plan.eval_names)
         if jax.process_index() == 0:
-            stream = self._stream or sys.stderr
-            self._view = Bar(stream) if _is_terminal(stream) else Lines(stream)
+            self._view = self._new_view()
         self._show(info, "starting")
 
     def on_epoch_start(self, info: Info) -> None:
@@ -117,6 +117,12 @@ class Progress(Callback):
         self._samples: collections.deque[tuple[int, float]] = collections.deque(maxlen=_SPEED_SAMPLES)
         self._pending: Mapping[str, Any] = {}
         self._metrics: dict[str, dict[str, float]] = {}
+
+    def _new_view(self) -> Bar | Lines | Notebook:
+        if self._stream is None and in_notebook():
+            return Notebook()
+        stream = self._stream or sys.stderr
+        return Bar(stream) if _is_terminal(stream) else Lines(stream)
 
     def _training_seconds(self) -> float:
         return self._clock() - self._started - self._eval_seconds

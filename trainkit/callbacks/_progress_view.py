@@ -1,4 +1,7 @@
-"""How the progress of a fit looks: `Bar` on a terminal, `Lines` elsewhere. Owns no clock and no numbers."""
+"""How the progress of a fit looks: `Bar` on a terminal, `Lines` elsewhere. Owns no clock and no numbers.
+
+In a notebook it is `_progress_notebook`'s affair.
+"""
 
 import dataclasses
 import datetime
@@ -88,14 +91,19 @@ class Lines:
         if (last_pass or report.elapsed - self._last < wait) and not report.final:
             return
         self._last = report.elapsed
-        head = [report.epoch_text, f"step {report.step_text}", report.activity or report.speed_text]
-        metrics = [f"{source} {_numbers(values, ' ')}" for source, values in report.metrics.items()]
-        parts = [*head, report.elapsed_text, report.eta_text, *metrics]
-        self._stream.write("  ".join(part for part in parts if part) + "\n")
+        self._stream.write(line(report) + "\n")
         self._stream.flush()
 
     def close(self) -> None:
         """Does nothing."""
+
+
+def line(report: Report) -> str:
+    """Returns a report as a line of plain text."""
+    head = [report.epoch_text, f"step {report.step_text}", report.activity or report.speed_text]
+    metrics = [f"{source} {_numbers(values, ' ')}" for source, values in report.metrics.items()]
+    parts = [*head, report.elapsed_text, report.eta_text, *metrics]
+    return "  ".join(part for part in parts if part)
 
 
 class Bar:

@@ -20,6 +20,9 @@ STATE, EXTRA = "state", "extra"
 META, HOST, SCORES = "meta.json", "host.json", "scores.json"
 """Names of the documents in the folder of each checkpoint: what lists show, the rest of the run, what came later."""
 
+WEIGHTS_ONLY = "weights_only"
+"""Key in `META` where no run can be resumed from the checkpoint."""
+
 
 def complete_steps(folder: pathlib.Path) -> list[int]:
     """Returns the steps of the complete checkpoints in `folder`, in order."""

@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import Any
 
-from trainkit.checkpoint._reading import FOLDER, META, complete_steps, problems_of, read_meta
+from trainkit.checkpoint._reading import FOLDER, META, WEIGHTS_ONLY, complete_steps, problems_of, read_meta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,7 @@ class CheckpointInfo:
         scores: metrics of the evaluation at its step, by full name, where it was ranked.
         metadata: what the user gave `Checkpoint(metadata=...)`.
         problems: what is wrong with its files, one line each; empty where nothing is, or nobody looked.
+        weights_only: whether it was saved by `Checkpoint(weights_only=True)`, and no run can be resumed from it.
     """
 
     step: int
@@ -30,6 +31,7 @@ class CheckpointInfo:
     scores: dict[str, float]
     metadata: dict[str, Any] = dataclasses.field(repr=False)
     problems: tuple[str, ...] = ()
+    weights_only: bool = False
 
 
 def list_checkpoints(path: str | os.PathLike[str]) -> list[CheckpointInfo]:
@@ -74,7 +76,8 @@ def _info(folder: pathlib.Path, step: int) -> CheckpointInfo:
     try:
         meta = read_meta(folder, step)
         when = datetime.datetime.fromtimestamp(meta["time"]).astimezone()
-        return CheckpointInfo(step, path, when, size, meta["scores"], dict(meta["metadata"]))
+        scores, metadata = meta["scores"], dict(meta["metadata"])
+        return CheckpointInfo(step, path, when, size, scores, metadata, (), bool(meta.get(WEIGHTS_ONLY)))
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         when = datetime.datetime.fromtimestamp(path.lstat().st_mtime).astimezone()
         return CheckpointInfo(step, path, when, size, {}, {}, (f"{META}: cannot be read ({error})",))

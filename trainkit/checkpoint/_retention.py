@@ -19,12 +19,13 @@ class Best:
     mode: Literal["min", "max"]
 
 
-def best_step(scores: Mapping[int, Mapping[str, float]], best: Best) -> int | None:
-    """Returns the step with the best score; of equal ones the first, never one that is NaN.
+def best_steps(scores: Mapping[int, Mapping[str, float]], best: Best, count: int) -> list[int]:
+    """Returns the steps with the best scores, best first; of equal ones the older, never one that is NaN.
 
     Args:
         scores: metrics by full name, by step.
         best: by what they are compared.
+        count: how many at most.
     """
     sign = 1 if best.mode == "min" else -1
     ranked = [
@@ -32,7 +33,12 @@ def best_step(scores: Mapping[int, Mapping[str, float]], best: Best) -> int | No
         for step, known in scores.items()
         if best.name in known and not math.isnan(known[best.name])
     ]
-    return min(ranked)[1] if ranked else None
+    return [step for _, step in sorted(ranked)[:count]]
+
+
+def best_step(scores: Mapping[int, Mapping[str, float]], best: Best) -> int | None:
+    """Returns the step with the best score, None where there is none; see `best_steps`."""
+    return next(iter(best_steps(scores, best, 1)), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +47,13 @@ class Retention:
 
     Attributes:
         keep: int >= 1, how many of the newest; None for all.
-        best: by what one more is kept.
+        best: by what more are kept.
+        top: int >= 1, how many of the best.
     """
 
     keep: int | None = None
     best: Best | None = None
+    top: int = 1
 
     def kept(self, scores: Mapping[int, Mapping[str, float]]) -> set[int]:
         """Returns the steps of those that stay.
@@ -55,6 +63,4 @@ class Retention:
         """
         steps = sorted(scores)
         kept = set(steps if self.keep is None else steps[-self.keep :])
-        if self.best is not None and (step := best_step(scores, self.best)) is not None:
-            kept.add(step)
-        return kept
+        return kept if self.best is None else kept.union(best_steps(scores, self.best, self.top))

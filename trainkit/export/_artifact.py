@@ -16,7 +16,7 @@ from trainkit._core.typing import PyTree
 from trainkit.export._description import Description
 from trainkit.export._program import read_program
 from trainkit.export._safetensors import decode, encode
-from trainkit.export._source import Source, Weights, trace
+from trainkit.export._source import Source, trace
 from trainkit.export._spec import check_inputs, names_of, rebuild
 
 _KIND, _SPEC, _PROGRAM, _WEIGHT = "trainkit.kind", "trainkit.spec", "program", "weights/"
@@ -28,7 +28,7 @@ def save(
     source: Source,
     example: PyTree,
     *,
-    weights: Weights = "ema",
+    weights: str = "averaged",
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     method: str | Callable[..., Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -45,8 +45,8 @@ def save(
         source: a trainer, or `(module, variables)`.
         example: inputs of any batch size: the batch of a trainer; for a pair a tuple of positional arguments,
             or one argument. Leaves `[batch, ...]`, or 0-d. Only shapes and dtypes count.
-        weights: of a trainer, "ema" for the averaged weights where a callback keeps an average, "live" for
-            the current ones. Without effect on a pair.
+        weights: of a trainer, as for `Trainer.evaluate`: "averaged" for those of the first view that a callback gives,
+            "live" for the current ones, or the name of a view. Without effect on a pair.
         platforms: of "cpu", "cuda", "rocm" and "tpu", those the file shall run on.
         method: of a pair, the method to apply instead of `__call__`.
         kwargs: of a pair, keyword arguments fixed at export, e.g. `{"train": False}`.

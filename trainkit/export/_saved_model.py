@@ -13,7 +13,7 @@ import jax
 
 from trainkit._core.atomic import sync_folder
 from trainkit._core.typing import PyTree
-from trainkit.export._source import Source, Traced, Weights, trace
+from trainkit.export._source import Source, Traced, trace
 from trainkit.export._spec import BATCH, ArraySpec, rebuild
 
 
@@ -22,7 +22,7 @@ def saved_model(
     source: Source,
     example: PyTree,
     *,
-    weights: Weights = "ema",
+    weights: str = "averaged",
     method: str | Callable[..., Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> None:
@@ -36,7 +36,7 @@ def saved_model(
         path: folder to write; it must not exist. It appears complete or not at all.
         source: as for `trainkit.export.save`, and so are the rest.
         example: inputs of any batch size.
-        weights: "ema" or "live".
+        weights: as for `trainkit.export.save`.
         method: of a pair, the method to apply.
         kwargs: of a pair, keyword arguments fixed at export.
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.export
@@ -15,14 +15,12 @@ from trainkit._core.typing import Batch, PyTree, Variables
 from trainkit.export._serialize import Packed, pack
 from trainkit.export._spec import BATCH, ArraySpec, names_of, spec_of, structure_of
 
-Weights = Literal["averaged", "ema", "live"]
-
 
 @runtime_checkable
 class Exportable(Protocol):
     """An object that can be exported whole, such as a trainer."""
 
-    def _exportable(self, weights: Weights) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:
+    def _exportable(self, weights: str) -> tuple[Callable[[PyTree, Batch], PyTree], PyTree]:
         """Returns a pure function of `(arrays, batch)` that predicts with `train=False`, and its arrays."""
         ...
 
@@ -66,7 +64,7 @@ def trace(
     source: Source,
     example: PyTree,
     *,
-    weights: Weights,
+    weights: str,
     method: str | Callable[..., Any] | None,
     kwargs: Mapping[str, Any] | None,
 ) -> Traced:
@@ -117,12 +115,10 @@ def _flatten(
 
 def _resolve(
     source: Source,
-    weights: Weights,
+    weights: str,
     method: str | Callable[..., Any] | None,
     kwargs: Mapping[str, Any] | None,
 ) -> tuple[Callable[..., PyTree], PyTree]:
-    if weights not in ("averaged", "ema", "live"):
-        raise ValueError(f"weights={weights!r}: the choices are 'averaged', 'ema' and 'live'.")
     if isinstance(source, Exportable):
         if method is not None or kwargs:
             raise ValueError(
@@ -134,6 +130,11 @@ def _resolve(
         raise TypeError(
             f"source is {_kind(source)}; expected a trainer, or a pair (module, variables) with the "
             "variables that module.init returned, e.g. (module, state.variables)."
+        )
+    if weights not in ("averaged", "ema", "live"):
+        raise ValueError(
+            f"weights={weights!r} of a pair (module, variables), which has one kind: the choices are "
+            "'averaged', 'ema' and 'live', without effect. Names of views go with a trainer."
         )
     module, variables = source
     if inspect.isclass(module):

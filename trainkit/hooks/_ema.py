@@ -53,11 +53,6 @@ def ema_hook(name: str, decay: float, *, debias: bool, batch_stats: bool) -> Ste
     return StepHook(name, init, update)
 
 
-def find_ema(state: TrainState) -> EmaState | None:
-    """Returns the first average in `state.hooks`, None when there is none."""
-    return next((memory for memory in state.hooks.values() if isinstance(memory, EmaState)), None)
-
-
 def view(state: TrainState, memory: EmaState) -> TrainState:
     """Returns `state` with the averages in place of the weights (and of `batch_stats` where averaged)."""
     params = _read(memory, memory.params, state.params)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from trainkit._core.state import TrainState
 from trainkit._core.typing import PyTree
+from trainkit.hooks._passes import StepPasses
 
 
 class StepValues(NamedTuple):
@@ -20,6 +21,7 @@ class StepValues(NamedTuple):
         grads: gradients of the structure of `params`; None where `train_step` is overridden.
         before: the `TrainState` before the update; None only where a hook is called outside of a step.
         has_loss: static; False where an overridden `train_step` returned no `loss`, which is NaN then.
+        passes: answers what probes ask beyond that; None in a step hook.
     """
 
     state: TrainState
@@ -27,6 +29,39 @@ class StepValues(NamedTuple):
     grads: PyTree
     before: TrainState | None = None
     has_loss: bool = True
+    passes: StepPasses | None = None
+
+    @property
+    def updates(self) -> PyTree:
+        """What the step added to `params`; in a probe 0 where the update was refused or skipped."""
+        assert self.before is not None  # the step always tells
+        return jax.tree.map(lambda new, old: new - old, self.state.params, self.before.params)
+
+    @property
+    def batch(self) -> Any:
+        """The batch, leaves `[rows, ...]`, whole on every replica; a tuple of them where gradients are accumulated.
+
+        Raises:
+            AttributeError: asked by a step hook.
+        """
+        return self._asked("batch").batch
+
+    @property
+    def mask(self) -> Any:
+        """`bool[rows]`, which rows of the batch are real; a tuple where gradients are accumulated.
+
+        Raises:
+            AttributeError: asked by a step hook.
+        """
+        return self._asked("mask").mask
+
+    def _asked(self, what: str) -> StepPasses:
+        if self.passes is None:
+            raise AttributeError(
+                f"values.{what} is told to probes (Callback.step_probe, tk.callbacks.Probe), not to step hooks: these "
+                "run in every step, and would keep the batch alive in all of them."
+            )
+        return self.passes
 
 
 class StepHook(NamedTuple):

@@ -10,6 +10,7 @@ from trainkit.metrics._confusion import F1, ConfusionMatrix, Precision, Recall
 from trainkit.metrics._direction import register_direction
 from trainkit.metrics._mean import Accuracy, Mean, means
 from trainkit.metrics._perplexity import Perplexity
+from trainkit.metrics._regression import MAE, MSE, R2, Spearman
 from trainkit.metrics._roc_auc import ROCAUC
 from trainkit.metrics._std import Std
 from trainkit.metrics._top_k import TopKAccuracy
@@ -21,11 +22,15 @@ __all__ = [
     "ConfusionMatrix",
     "F1",
     "LossMetrics",
+    "MAE",
+    "MSE",
     "Mean",
     "Perplexity",
     "Precision",
+    "R2",
     "ROCAUC",
     "Recall",
+    "Spearman",
     "Std",
     "TopKAccuracy",
     "collecting",

@@ -83,12 +83,14 @@ class ConfusionMatrix(FromLogits, metrics.Metric):  # pyright: ignore[reportInco
 
     @classmethod
     def _of_batch(cls, logits: jax.Array, labels: jax.Array, mask: jax.Array | None) -> Self:
+        classes = logits.shape[-1]
         labels, mask = broadcast_mask(labels.astype(jnp.int32), mask)
         predictions = logits.argmax(axis=-1).astype(jnp.int32).reshape(labels.shape)
-        counted = mask & (labels >= 0) & (labels < cls.num_classes)
+        counted = mask & (labels >= 0) & (labels < classes)
         # A pair that must not count is sent past the end, where the scatter drops it.
-        rows = jnp.where(counted, labels, cls.num_classes)
-        return cls(matrix=cls.empty().matrix.at[rows, predictions].add(1, mode="drop"))
+        rows = jnp.where(counted, labels, classes)
+        nothing = jnp.zeros((classes, classes), jnp.int32)
+        return cls(matrix=nothing.at[rows, predictions].add(1, mode="drop"))
 
     def merge(self, other: Self) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the counts of both sets of pairs; NumPy leaves stay NumPy."""
@@ -97,6 +99,38 @@ class ConfusionMatrix(FromLogits, metrics.Metric):  # pyright: ignore[reportInco
     def compute(self) -> jax.Array | np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the counts, int `[classes, classes]`, rows by label."""
         return self.matrix
+
+
+@flax.struct.dataclass
+class Pairs(ConfusionMatrix):
+    """The counts of a `ConfusionMatrix` of outputs by any names, as many classes as the logits have.
+
+    Empty, it is one number, which takes the shape of what it is merged with.
+    """
+
+    logits: ClassVar[str] = "logits"
+    labels: ClassVar[str] = "labels"
+
+    @classmethod
+    def of_outputs(cls, logits: str, labels: str) -> type[Self]:
+        """Returns the metric of outputs with these names."""
+        return variant(cls, cls.__name__, logits=logits, labels=labels)
+
+    @classmethod
+    def empty(cls) -> Self:
+        return cls(matrix=jnp.zeros((1, 1), jnp.int32))
+
+    @classmethod
+    def from_model_output(cls, *, mask: jax.Array | None = None, **outputs: jax.Array) -> Self:
+        logits, labels = outputs[cls.logits], outputs[cls.labels]
+        return super().from_model_output(logits=logits, labels=labels, mask=mask)
+
+    @classmethod
+    def _check_classes(cls, logits: jax.Array) -> None:
+        if logits.shape[-1] < 2:
+            raise ValueError(
+                f"A confusion matrix takes logits of at least 2 classes, got the shape {list(logits.shape)}."
+            )
 
 
 def _ratio(hits: jax.Array, total: jax.Array) -> jax.Array:

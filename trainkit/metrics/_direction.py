@@ -11,6 +11,7 @@ from trainkit.metrics._confusion import F1, Precision, Recall
 from trainkit.metrics._inputs import output_name
 from trainkit.metrics._mean import Accuracy
 from trainkit.metrics._perplexity import Perplexity
+from trainkit.metrics._regression import MAE, MSE, R2, Spearman
 from trainkit.metrics._roc_auc import ROCAUC
 from trainkit.metrics._top_k import TopKAccuracy
 
@@ -25,6 +26,10 @@ _DIRECTIONS: dict[type[metrics.Metric], Direction] = {
     Recall: "max",
     F1: "max",
     Perplexity: "min",
+    MAE: "min",
+    MSE: "min",
+    R2: "max",
+    Spearman: "max",
 }
 
 

@@ -63,7 +63,7 @@ class Mean(metrics.Average):
     @classmethod
     def empty(cls) -> Self:
         """Returns the metric of no values at all."""
-        total, count = _nothing(cls.weights)
+        total, count = nothing(cls.weights)
         return cls(total=total, count=count)
 
     @classmethod
@@ -129,7 +129,7 @@ class Accuracy(metrics.Average):
     @classmethod
     def empty(cls) -> Self:
         """Returns the metric of no labels at all."""
-        total, count = _nothing(cls.weights)
+        total, count = nothing(cls.weights)
         return cls(total=total, count=count)
 
     @classmethod
@@ -247,7 +247,8 @@ def of_weighted_loss(name: str, metric: type[metrics.Metric]) -> type[metrics.Me
 
 def is_weightless(metric: metrics.Metric) -> bool:
     """Says whether a metric that is weighted has seen no weight at all: it has no value then."""
-    return getattr(metric, "weights", None) is not None and not getattr(metric, "count", 1)
+    seen = getattr(metric, "count", getattr(metric, "weight", 1))
+    return getattr(metric, "weights", None) is not None and not seen
 
 
 def _same(metric: type, base: type, name: str) -> bool:
@@ -255,5 +256,6 @@ def _same(metric: type, base: type, name: str) -> bool:
     return getattr(one, "__func__", one) is getattr(other, "__func__", other)
 
 
-def _nothing(weights: str | None) -> tuple[jax.Array, jax.Array]:
+def nothing(weights: str | None) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums over no values: of the values, and of their weights or their number."""
     return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32 if weights is None else jnp.float32)

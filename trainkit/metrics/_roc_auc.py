@@ -11,7 +11,8 @@ import numpy as np
 from trainkit.metrics._collecting import Collecting, Rows
 
 
-def _average_ranks(scores: np.ndarray) -> np.ndarray:
+def average_ranks(scores: np.ndarray) -> np.ndarray:
+    """Returns the ranks from 1 of the elements of a vector, equal ones at the mean of theirs."""
     _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[group.reshape(-1)]
@@ -60,7 +61,7 @@ class ROCAUC(Collecting):
         negatives = len(labels) - positives
         if not positives or not negatives or np.isnan(scores).any():
             return float("nan")
-        ranks = _average_ranks(scores)[labels == 1].sum()
+        ranks = average_ranks(scores)[labels == 1].sum()
         return float((ranks - positives * (positives + 1) / 2) / (positives * negatives))
 
     @staticmethod

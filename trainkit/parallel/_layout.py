@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from trainkit._core.patterns import Patterns
 from trainkit._core.tree import path_name
 from trainkit._core.typing import Device, PyTree
 
@@ -77,7 +77,8 @@ class Layout:
 
     def __init__(self, mesh: jax.sharding.Mesh, rules: Rules) -> None:
         self._mesh = mesh
-        self._rules = [(re.compile(pattern), tuple(spec)) for pattern, spec in rules]
+        self._patterns = Patterns("Mesh(rules=)", [pattern for pattern, _ in rules])
+        self._specs = [tuple(spec) for _, spec in rules]
         self._told: set[str] = set()
 
     def shardings(self, state: PyTree) -> PyTree:
@@ -110,9 +111,9 @@ class Layout:
 
     def _check_idle(self, named: list[tuple[str, tuple[int, ...]]]) -> None:
         idle = [
-            f"({rule.pattern!r}, {spec})"
-            for rule, spec in self._rules
-            if not any(rule.search(name) and len(spec) == len(shape) for name, shape in named)
+            f"({self._patterns.patterns[index]!r}, {spec})"
+            for index, spec in enumerate(self._specs)
+            if not any(self._patterns.found(index, name) and len(spec) == len(shape) for name, shape in named)
         ]
         if idle:
             there = ", ".join(f"{name} {list(shape)}" for name, shape in named)
@@ -185,8 +186,8 @@ class Layout:
         # Optimizer state and averages that mirror a parameter have its path as a suffix, and its shape.
         parts = name.split("/")
         suffixes = ["/".join(parts[start:]) for start in range(len(parts))]
-        for pattern, spec in self._rules:
-            if len(spec) == np.ndim(leaf) and any(pattern.search(suffix) for suffix in suffixes):
+        for index, spec in enumerate(self._specs):
+            if len(spec) == np.ndim(leaf) and any(self._patterns.found(index, one) for one in suffixes):
                 return spec
         return None
 

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from trainkit._core.state import TrainState
+from trainkit._core.tree import is_key
 from trainkit._core.typing import Batch, Device, PyTree
 from trainkit.parallel._layout import AXES, BATCH_AXES, Layout, Rules, check_axes, make_mesh
 from trainkit.parallel._on_mesh import OnMesh
@@ -121,6 +122,12 @@ class Spmd(OnMesh, abc.ABC):
         self._layout.check(state.params)
         return self._put(state, self._layout.shardings(state))
 
+    def hold(self, tree: PyTree) -> PyTree:
+        if not self._is_default_device:
+            return self._put(tree, self._layout.shardings(tree))
+        # A program for arrays that are tied to a device is another program than one for free ones.
+        return jax.device_put(jax.tree.map(_freed, tree))
+
     def shardings(self, state: PyTree) -> PyTree:
         if self._is_default_device:
             return jax.tree.map(lambda leaf: SingleDeviceSharding(self.devices[0]), state)
@@ -154,3 +161,9 @@ class Spmd(OnMesh, abc.ABC):
     def _sharding_of(self, shape: tuple[int, ...]) -> NamedSharding:
         # What does not divide is held whole by each device: the same numbers, at the price of the division.
         return self._divided if shape and shape[0] % self.shards == 0 else self._whole
+
+
+def _freed(leaf: Any) -> Any:
+    return (
+        jax.device_get(leaf) if isinstance(leaf, jax.Array) and leaf.committed and not is_key(leaf) else leaf
+    )

@@ -120,6 +120,10 @@ class Strategy(abc.ABC):
     def lay_out(self, state: PyTree) -> PyTree:
         """Returns a train state as the compiled step takes it."""
 
+    def hold(self, tree: PyTree) -> PyTree:
+        """Returns arrays that steps take and never change, on the devices: by default whole on each."""
+        return self.replicate(tree)
+
     def shardings(self, state: PyTree) -> PyTree | None:
         """Returns where `lay_out` puts each leaf of a train state, whose leaves may be `jax.ShapeDtypeStruct`.
 

@@ -34,7 +34,7 @@ class NetTrainer(Trainer):
         logits = model(batch["x"], train=ctx.train)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
         # What pads may hold anything, and must do no harm.
-        return jnp.where(ctx.mask, losses, jnp.nan), {"logits": logits}
+        return jnp.where(ctx.mask, losses, jnp.nan), {"logits": logits, "labels": batch["y"]}
 
 
 def examples(rows: int, seed: int) -> dict[str, np.ndarray]:

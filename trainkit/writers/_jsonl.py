@@ -186,9 +186,11 @@ def _repair(path: pathlib.Path, purge_step: int | None) -> None:
 
 def _rewind(path: pathlib.Path, step: int, names: Collection[str]) -> None:
     def change(entry: dict[str, Any]) -> dict[str, Any] | None:
-        if entry.get("step", -1) > step:
+        # The hyperparameters stand at the start of the run, as TensorBoard has them.
+        at = entry.get("step", 0 if "hparams" in entry else -1)
+        if at > step:
             return None
-        if entry.get("step") != step:
+        if at != step:
             return entry
         kinds = {
             kind: {name: value for name, value in entry[kind].items() if name in names}

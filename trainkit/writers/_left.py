@@ -3,6 +3,7 @@
 import pathlib
 
 from trainkit._core.files import remove
+from trainkit.writers._projector import remove_embeddings
 
 _LOGS = ("metrics.jsonl", "*tfevents*.trainkit")
 _HALF_DONE = (".rewrite-*", ".part-*")
@@ -22,3 +23,4 @@ def remove_logs(logdir: pathlib.Path) -> None:
     for path in [*logs_in(logdir), *(path for pattern in _HALF_DONE for path in logdir.glob(pattern))]:
         if not path.is_dir() or path.is_symlink():
             remove(path)
+    remove_embeddings(logdir)

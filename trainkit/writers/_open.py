@@ -7,7 +7,7 @@ import contextlib
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import jax
 
@@ -18,6 +18,9 @@ from trainkit.writers._multi import MultiWriter
 from trainkit.writers._null import NullWriter
 from trainkit.writers._tensorboard import TensorBoardWriter
 from trainkit.writers._writer import MetricWriter, Scalar
+
+NO_CHARTS = ("epoch",)
+"""Scalars of a fit that TensorBoard does not show: an axis of the data, which would stand first among its charts."""
 
 
 def open_writer(
@@ -44,13 +47,39 @@ def open_writer(
         >>> writer.write_scalars(1, {"train/loss": 0.5})
         >>> writer.close()
     """
-    tensorboard = TensorBoardWriter(logdir, purge_step=purge_step, clock=clock)
+    return _open(logdir, purge_step, clock)
+
+
+def _open(
+    logdir: str | os.PathLike[str],
+    purge_step: int | None = None,
+    clock: Clock = time.time,
+    without: Collection[str] = (),
+) -> MetricWriter:
+    tensorboard = TensorBoardWriter(logdir, purge_step=purge_step, clock=clock, without=without)
     try:
         jsonl = JsonlWriter(logdir, purge_step=purge_step, clock=clock)
     except BaseException:
         tensorboard.close()
         raise
     return MultiWriter(tensorboard, jsonl)
+
+
+class FitWriter(MultiWriter):
+    """All that a fit writes to.
+
+    Attributes:
+        logs: those in the folder of the run alone, None where it has none.
+
+    Args:
+        history: of the run.
+        logs: as above.
+        own: the user's writers.
+    """
+
+    def __init__(self, history: History, logs: MetricWriter | None, own: Sequence[MetricWriter]) -> None:
+        self.logs = logs
+        super().__init__(HistoryWriter(history), *([] if logs is None else [logs]), *own)
 
 
 class HistoryWriter(NullWriter):
@@ -66,19 +95,19 @@ class HistoryWriter(NullWriter):
 @contextlib.contextmanager
 def open_writers(
     logdir: pathlib.Path | None, own: Sequence[MetricWriter], history: History
-) -> Iterator[MetricWriter]:
+) -> Iterator[FitWriter]:
     """Yields a writer to all of them; at the end closes what it opened and flushes the user's own.
 
     Of several processes the first writes; the others keep the history and nothing else.
     """
     if jax.process_index():
         logdir, own = None, ()
-    opened = [] if logdir is None else [open_writer(logdir)]
+    logs = None if logdir is None else _open(logdir, without=NO_CHARTS)
     # The user's writers stay open for the next fit; they are only handed what this one writes.
-    fan_out = MultiWriter(HistoryWriter(history), *opened, *own)
+    fan_out = FitWriter(history, logs, own)
     with contextlib.ExitStack() as stack:
         # A stack, since an interrupt or a warning made an error in one must not leave the others open.
-        for writer in opened:
-            stack.callback(writer.close)
+        if logs is not None:
+            stack.callback(logs.close)
         stack.callback(fan_out.flush)
         yield fan_out

@@ -29,6 +29,7 @@ class TensorBoardWriter(MetricWriter):
         purge_step: int; what older files in the folder hold from this step on is no longer shown. A run
             resumed after step n passes n + 1.
         clock: seconds since 1970.
+        without: names of scalars that get no chart.
 
     Raises:
         OSError: the folder cannot be made or written to.
@@ -42,13 +43,18 @@ class TensorBoardWriter(MetricWriter):
     """
 
     def __init__(
-        self, logdir: str | os.PathLike[str], *, purge_step: int | None = None, clock: Clock = time.time
+        self,
+        logdir: str | os.PathLike[str],
+        *,
+        purge_step: int | None = None,
+        clock: Clock = time.time,
+        without: Collection[str] = (),
     ) -> None:
         # tensorboardX takes a while and imports torch where it finds it: not to be paid by `import trainkit`.
         import trainkit.writers._summaries as summaries
 
         self._summaries = summaries
-        self._clock = clock
+        self._clock, self._without = clock, frozenset(without)
         self._complaints = Complaints(type(self).__name__)
         self._file: EventFile | None = None
         self._closed = False
@@ -76,7 +82,8 @@ class TensorBoardWriter(MetricWriter):
 
     def write_scalars(self, step: int, scalars: Mapping[str, Scalar]) -> None:
         """Writes numbers, those of one call as one event."""
-        self._write(step, "scalar", scalars, lambda name, value: [self._summaries.scalar(name, value)])
+        shown = {name: value for name, value in scalars.items() if name not in self._without}
+        self._write(step, "scalar", shown, lambda name, value: [self._summaries.scalar(name, value)])
 
     def write_images(self, step: int, images: Mapping[str, Array]) -> None:
         """Writes images as PNG; needs Pillow. N > 1 images are named `name/0`, `name/1`, ..."""
