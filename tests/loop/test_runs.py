@@ -42,6 +42,7 @@ SHIPPED = {
     "EMA": lambda folder: EMA(0.5),
     "EarlyStopping": lambda folder: EarlyStopping("eval/loss", mode="min", patience=1, restore_best=True),
     "EvalView": lambda folder: EvalView(lambda state: state),
+    "Finetune": lambda folder: tk.callbacks.Finetune({"w": tk.At(steps=(2,))}),
     "Lambda": lambda folder: Lambda(on_step=lambda info: None),
     "LearningRate": lambda folder: LearningRate(EACH),
     "LogMetrics": lambda folder: LogMetrics(EACH),
@@ -49,6 +50,10 @@ SHIPPED = {
     "ReduceOnPlateau": lambda folder: ReduceOnPlateau("eval/loss", mode="min", patience=1),
     "SWA": lambda folder: SWA(2),
 }
+
+
+WANT_MORE = {"ActivationStats", "ConfusionMatrix"}
+"""Those that want layers or classes, which this model has not: `check_callback` tries them in another run."""
 
 
 def test_every_shipped_callback_is_among_those_tried():
@@ -79,7 +84,7 @@ def folds(callbacks, script, options):
     return results
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", sorted(SHIPPED.keys() - WANT_MORE))
 def test_a_callback_given_to_another_run_begins_afresh(name, tmp_path):
     # At first ever better, then ever worse: what is remembered of the first run would show in the second.
     losses = {1: 3.0, 2: 2.0, 3: 1.0}

@@ -69,7 +69,7 @@ class Diagnosis:
 def diagnose(
     steps: Steps,
     strategy: Strategy,
-    given: Given,
+    given: Given | None,
     state: TrainState,
     batch: Batch,
     mask: Any,
@@ -90,7 +90,7 @@ def diagnose(
     impl, calls, leaves = key_impl(state), _Calls(), list[str]()
 
     def run(
-        given: Given, state: TrainState, batch: Batch, mask: Any
+        given: Given | None, state: TrainState, batch: Batch, mask: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         with nn.intercept_methods(calls):
             before = with_typed_key(state, impl)

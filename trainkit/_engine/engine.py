@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import clu.metrics
@@ -22,13 +21,13 @@ from trainkit._engine.eval_loop import LoopedFeed, looped
 from trainkit._engine.exported import predicting
 from trainkit._engine.padding import PaddingCheck
 from trainkit._engine.prepared import Prepared
+from trainkit._engine.sources import Sources
 from trainkit._engine.supplied import Supplied
 from trainkit._engine.updates import check_updated
 from trainkit._engine.views import Views
 from trainkit._feed.feed import Feed, SharedFeed, UnitFeed, no_rows
-from trainkit._feed.leaves import Parted, Warned, parted, wide_leaves
-from trainkit._feed.resident import NOTHING, Supply, can_hold, pick
-from trainkit._feed.stream import Stream
+from trainkit._feed.leaves import parted
+from trainkit._feed.resident import pick
 from trainkit._step.checks import explained_errors
 from trainkit._step.given import Given
 from trainkit._step.inspection import Traits, inspect_eval, inspect_probed, inspect_train
@@ -55,7 +54,7 @@ def _with_loss_scale(collection: type[clu.metrics.Collection]) -> type[clu.metri
     return flax.struct.dataclass(type(collection.__name__, (collection,), {"__annotations__": extra}))
 
 
-class Engine:
+class Engine(Sources):
     """Compiles the pure steps under a strategy."""
 
     def __init__(
@@ -70,7 +69,8 @@ class Engine:
         stages: Stages | None = None,
         probes: tuple[StepProbe, ...] = (),
     ) -> None:
-        self.steps, self.strategy, self.stages = steps, strategy, stages
+        super().__init__(steps, strategy)
+        self.stages = stages
         self.views, self._probed = Views(views, strategy), ProbedSteps(steps, probes)
         self._collections = {"training": _with_loss_scale(collection) if scaled else collection}
         self._collections["evaluation"] = collection
@@ -84,11 +84,9 @@ class Engine:
         self._last_calls: Calls | None = None
         self._traits: dict[tuple[Any, ...], Traits] = {}
         self._expected: dict[str, threading.Event] = {}
-        self._held_spec: dict[str, str] | None = None
         self.padding = PaddingCheck(steps, strategy)
         # The checkpoint that a state was made of before a batch could tell what the model is.
         self.unproven: str | None = None
-        self._warned, self._looked_at = Warned(), weakref.WeakSet[Arrays]()
 
     def expect(self, **kinds: threading.Event) -> None:
         """Notes that steps of some kinds are being compiled, and when that is done."""
@@ -98,48 +96,6 @@ class Engine:
         """Waits until the steps of a kind are compiled, where that is under way: it would be done twice."""
         if kind in self._expected:
             self._expected.pop(kind).wait()
-
-    def batches(self, source: Source, epoch: int, start: int = 0) -> Iterator[Any]:
-        """Returns the batches of an epoch as a feed takes them: `GlobalBatch` where processes share the work."""
-        if self.steps.units:
-            return source.kept_batches(epoch, start)
-        if self.strategy.processes == 1:
-            batches = source.kept_batches(epoch, start)
-            if not isinstance(source, Arrays) or not source.is_numeric:
-                return Parted(batches, self._warned)
-            if source not in self._looked_at:
-                self._looked_at.add(source)
-                leaves = jax.tree.leaves(source.tree)
-                for name, index in wide_leaves(source.tree):
-                    self._warned.check_wide(name, leaves[index])
-            return batches
-        return iter(source.global_batches(epoch, start))
-
-    def open(
-        self, source: Source, epoch: int, start: int = 0, place: Mapping[str, Any] | None = None
-    ) -> Iterator[Any]:
-        """Returns the batches of a pass to train on: a `Stream` where the source can't seek.
-
-        Args:
-            source: of the batches.
-            epoch: the number of the pass, from 0.
-            start: index of the first batch.
-            place: see `Stream`.
-        """
-        if source.seekable:
-            return self.batches(source, epoch, start)
-        return Stream(source, epoch, start, place, in_parts=self.strategy.processes > 1, warned=self._warned)
-
-    def supply(self, source: Source) -> Supply:
-        """Says how the batches of a training source get to the step."""
-        whole = Supply(NOTHING, functools.partial(self.open, source))
-        arrays = can_hold(source, self.strategy)
-        if arrays is None:
-            return whole
-        spec = signature(arrays.tree)
-        # To hold data of another size is another program; the one for batches fits them all.
-        self._held_spec = self._held_spec or spec
-        return Supply(arrays.tree, arrays.row_numbers) if spec == self._held_spec else whole
 
     def init(self, seed: int, batch: Batch | GlobalBatch) -> TrainState:
         """Returns a fresh state on the devices, initialised by one compiled program."""
@@ -163,15 +119,15 @@ class Engine:
     def _init(self) -> Callable[..., TrainState]:
         return self.strategy.compile(self.steps.init, inputs=(Role.WHOLE,) * 3, outputs=Role.STATE)
 
-    def given(self) -> Given:
-        """Returns what steps are given beside state and batch, on the devices."""
+    def given(self) -> Given | None:
+        """Returns what steps are given beside state and batch, on the devices; None where that is nothing."""
         return self.steps.constants.placed(self.strategy)
 
-    def held(self, data: PyTree, step: int) -> tuple[Given, PyTree]:
+    def held(self, data: PyTree, step: int) -> tuple[Given | None, PyTree]:
         """Returns the third argument of the training step after `step`: what it is given, and data to pick rows of."""
         given, stages = self.given(), self.stages
         if stages is not None:
-            given = dataclasses.replace(given, held_back=stages.held_back(step))
+            given = dataclasses.replace(given or Given(), held_back=stages.held_back(step))
         return given, data
 
     def complete(self, state: TrainState, seed: int) -> TrainState:

@@ -16,7 +16,9 @@ Predict = Callable[[PyTree, Batch], PyTree]
 """`predict(arrays, batch)`, pure."""
 
 
-def predicting(steps: Steps, given: Given, state: TrainState, axis: str | None) -> tuple[Predict, PyTree]:
+def predicting(
+    steps: Steps, given: Given | None, state: TrainState, axis: str | None
+) -> tuple[Predict, PyTree]:
     """Returns a function that predicts on one device, and the arrays it takes: the state, and what steps are given.
 
     Args:
@@ -26,7 +28,7 @@ def predicting(steps: Steps, given: Given, state: TrainState, axis: str | None) 
         axis: of the replicas, None where a step is one program.
     """
     impl, bare = key_impl(state), with_raw_key(state.replace(opt_state=(), hooks={}))
-    beside = {name: getattr(given, name) for name in ("frozen", "hparams")}
+    beside = {name: getattr(given or Given(), name) for name in ("frozen", "hparams")}
     beside = {name: tree for name, tree in beside.items() if jax.tree.leaves(tree)}
 
     def of_state(state: TrainState, batch: Batch) -> PyTree:

@@ -19,7 +19,7 @@ class Supplied:
         given: returns the constants of the moment, on the devices.
     """
 
-    def __init__(self, program: Callable[..., Any], given: Callable[[], Given]) -> None:
+    def __init__(self, program: Callable[..., Any], given: Callable[[], Given | None]) -> None:
         self.program, self._given = program, given
 
     def __call__(self, *args: Any) -> Any:

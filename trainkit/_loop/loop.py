@@ -7,7 +7,7 @@ evaluation; then the checkpoint says what is owed, and the fit that goes on with
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,8 +24,8 @@ from trainkit._feed.intake import Intake, RowIntake, intake_of
 from trainkit._feed.stream import Stream
 from trainkit._loop.costs import Costs, show_batches
 from trainkit._loop.dispatch import Dispatcher, before_checkpoints, checkpoints, guards
-from trainkit._loop.evaluate import evaluate
 from trainkit._loop.interrupts import Interrupts
+from trainkit._loop.looks import Looks, wait_for
 from trainkit._loop.meetings import EVERY, Meetings
 from trainkit._loop.probing import Probing
 from trainkit._loop.record import Record
@@ -38,7 +38,6 @@ from trainkit._loop.stopwatch import Stopwatch
 from trainkit._loop.timetable import Chore, Timetable
 from trainkit._loop.told import Told
 from trainkit._loop.train_metrics import NO_METRICS, TrainMetrics, read_only
-from trainkit._loop.weights import Weights
 from trainkit._resume.saved import Saved
 from trainkit.data._batch import batch_size_of, spec_of
 from trainkit.writers._writer import MetricWriter
@@ -105,7 +104,9 @@ class Loop:
         self._saving = Saving(
             engine, request, self.standing, self._metrics, self._record, self._prepared.calls
         )
-        self._weights = Weights(engine, self.standing, self._breaking_off, watch.on)
+        self._looks = Looks(
+            engine, request, self.standing, self._meetings, interrupts, watch, together=self._together
+        )
         self._goes_on = self._pass_begun = self._pass_told = False
         self._failures = Failures(engine, request.source, request.accumulate, request.logdir)
         if resumed is not None:
@@ -177,7 +178,7 @@ class Loop:
         self._told.going_back = "ignored" if self._interrupted else "allowed"
         with self._watch.on("callbacks"):
             self._dispatch.call("on_fit_end")
-        self._weights.settle()  # of the state that it went back to, for one
+        self._looks.weights.settle()  # of the state that it went back to, for one
         if self.standing.came_to != came_before:
             with self._watch.on("save"):
                 self._saving.stand_back()
@@ -405,7 +406,7 @@ class Loop:
         if self.standing.rollback is not None:
             return False
         with self._watch.on("eval"):
-            metrics = self._evaluated()
+            metrics = self._looks.metrics()
         if metrics is None:
             self._stop_if_interrupted()
             return False
@@ -414,33 +415,8 @@ class Loop:
         self._told.evaluation = NO_METRICS
         return True
 
-    def _evaluated(self) -> dict[str, Any] | None:
-        """Returns the metrics of every evaluation source, None where a signal came in between."""
-        state, metrics = self._weights.evaluated(), dict[str, Any]()
-        if state is None:
-            return None
-        for name, source in self._request.evaluations.items():
-            values = evaluate(self._engine, state, source, self._breaking_off(), self._wait_for)
-            if values is None:
-                return None
-            metrics |= {f"{name}/{metric}": value for metric, value in values.items()}
-        return metrics
-
-    def _breaking_off(self) -> Callable[[int], bool]:
-        """Returns what says whether a signal breaks an evaluation off, given its batches done; processes meet there."""
-        look = self._meetings.during_evaluation() if self._together else None
-
-        def asked(batches: int) -> bool:
-            if look is not None:
-                look(batches)
-            return self._interrupted
-
-        return asked
-
     def _wait_for(self, tree: PyTree) -> None:
-        """Waits for arrays of the training steps, where something is to wait for them anyway."""
-        with self._watch.on("step"):
-            jax.block_until_ready(tree)
+        wait_for(self._watch, tree)
 
     # Saving and going back ------------------------------------------------------------------------------------
 
@@ -448,7 +424,7 @@ class Loop:
         asked = self._interrupts.take_save()
         keepers = self._saving.due(everyone=everyone or asked or self._finished())
         if self._finished():
-            self._weights.settle()  # the last checkpoint is to hold them
+            self._looks.weights.settle()  # the last checkpoint is to hold them
         if asked and not keepers:
             self._saving.say_there_is_none()
         if keepers:

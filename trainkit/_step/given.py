@@ -47,12 +47,12 @@ class Constants:
         hparams: values by name, None for none; the numbers among them reach the steps.
 
     Raises:
-        TypeError: one is no mapping with names as keys, or holds something that no step can take.
+        TypeError: `frozen` is no mapping with names as keys, or holds something that no step can take.
     """
 
     def __init__(self, frozen: Mapping[str, PyTree] | None, hparams: Mapping[str, Any] | None) -> None:
         self._frozen = _owned("frozen", frozen)
-        self._hparams = _numbers(check_hparams(hparams))
+        self._hparams = _numbers(hparams or {})
         self._placed: Given | None = None
         self._fingerprint: dict[str, str] | None = None
 
@@ -85,8 +85,9 @@ class Constants:
         return self._placed or Given(self._frozen, self._hparams)
 
     @contextlib.contextmanager
-    def traced(self, given: Given) -> Iterator[None]:
+    def traced(self, given: Given | None) -> Iterator[None]:
         """Has the functions of the user find `given` within."""
+        given = given or Given()
         token = _TRACED.set((self, given))
         try:
             with holding_back(given.held_back):
@@ -94,19 +95,19 @@ class Constants:
         finally:
             _TRACED.reset(token)
 
-    def placed(self, strategy: Strategy) -> Given:
-        """Returns what compiled programs take, on the devices; put there once."""
+    def placed(self, strategy: Strategy) -> Given | None:
+        """Returns what compiled programs take, on the devices; put there once. None where there is nothing to take."""
         if self._placed is None:
             frozen = strategy.hold(self._frozen) if self._frozen else {}
             hparams = strategy.replicate(self._hparams) if jax.tree.leaves(self._hparams) else self._hparams
             # The arrays of before were copied to be kept; they are not needed twice.
             self._frozen = frozen
             self._placed = Given(frozen, hparams)
-        return self._placed
+        return _or_none(self._placed)
 
-    def spec(self) -> Given:
-        """Returns the shapes and dtypes of what is given; starts no device."""
-        return jax.tree.map(_spec, Given(self._frozen, self._hparams))
+    def spec(self) -> Given | None:
+        """Returns the shapes and dtypes of what `placed` returns; starts no device."""
+        return _or_none(jax.tree.map(_spec, Given(self._frozen, self._hparams)))
 
     def fingerprint(self, strategy: Strategy) -> dict[str, str]:
         """Returns dtype, shape and a hash of the values of each frozen array by path; all processes must call."""
@@ -121,21 +122,9 @@ class Constants:
         return self._fingerprint
 
 
-def check_hparams(hparams: object) -> Mapping[str, Any]:
-    """Returns the hyperparameters of a trainer, refusing what is no mapping of names to values, perhaps nested."""
-    if hparams is None:
-        return {}
-    if not isinstance(hparams, Mapping):
-        raise TypeError(
-            f"hparams is of type {type(hparams).__name__}; expected a mapping of names to values, e.g. "
-            "hparams={'temperature': 2.0}."
-        )
-    for name, value in hparams.items():
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"hparams has the name {name!r}; names are strings.")
-        if isinstance(value, Mapping):
-            check_hparams(value)
-    return hparams
+def _or_none(given: Given) -> Given | None:
+    # Even a tree without leaves costs time at each call, one without nodes does not.
+    return given if jax.tree.leaves(given) else None
 
 
 def check_frozen_same(saved: Mapping[str, str], now: Mapping[str, str]) -> None:

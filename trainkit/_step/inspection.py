@@ -36,7 +36,9 @@ class Traits(NamedTuple):
     light: bool = False
 
 
-def inspect_train(steps: Steps, strategy: Strategy, given: Given, state: TrainState, batch: Batch) -> Traits:
+def inspect_train(
+    steps: Steps, strategy: Strategy, given: Given | None, state: TrainState, batch: Batch
+) -> Traits:
     """Runs the training step abstractly.
 
     Args:
@@ -48,7 +50,7 @@ def inspect_train(steps: Steps, strategy: Strategy, given: Given, state: TrainSt
     """
     found: dict[str, Any] = {}
 
-    def run(given: Given, state: TrainState, batch: Batch) -> TrainState:
+    def run(given: Given | None, state: TrainState, batch: Batch) -> TrainState:
         done = steps.attempt_one(given, state, batch)
         found["traits"] = Traits(
             done.per_example, shapes(done.outputs[0]), steps.is_weighted(done.outputs[0])
@@ -64,11 +66,13 @@ def inspect_train(steps: Steps, strategy: Strategy, given: Given, state: TrainSt
     return found["traits"]
 
 
-def inspect_eval(steps: Steps, strategy: Strategy, given: Given, state: TrainState, batch: Batch) -> Traits:
+def inspect_eval(
+    steps: Steps, strategy: Strategy, given: Given | None, state: TrainState, batch: Batch
+) -> Traits:
     """Runs the evaluation step abstractly, as `inspect_train`."""
     found: dict[str, Any] = {}
 
-    def run(given: Given, state: TrainState, batch: Batch) -> Any:
+    def run(given: Given | None, state: TrainState, batch: Batch) -> Any:
         per_example, outputs = steps.eval_outputs(given, state, batch, None)
         found["traits"] = Traits(per_example, shapes(outputs), steps.is_weighted(outputs))
         return state.step
@@ -77,10 +81,12 @@ def inspect_eval(steps: Steps, strategy: Strategy, given: Given, state: TrainSta
     return found["traits"]._replace(light=is_light(jaxpr))
 
 
-def evaluation_of(steps: Steps, strategy: Strategy, given: Given, state: TrainState, batch: Batch) -> Any:
+def evaluation_of(
+    steps: Steps, strategy: Strategy, given: Given | None, state: TrainState, batch: Batch
+) -> Any:
     """Returns what an evaluation of one batch computes, as a jaxpr."""
 
-    def run(given: Given, state: TrainState, batch: Batch) -> Any:
+    def run(given: Given | None, state: TrainState, batch: Batch) -> Any:
         steps.eval_outputs(given, state, batch, None)
         return state.step
 
@@ -88,11 +94,16 @@ def evaluation_of(steps: Steps, strategy: Strategy, given: Given, state: TrainSt
 
 
 def inspect_probed(
-    probed: ProbedSteps, steps: Steps, strategy: Strategy, given: Given, state: TrainState, batch: Batch
+    probed: ProbedSteps,
+    steps: Steps,
+    strategy: Strategy,
+    given: Given | None,
+    state: TrainState,
+    batch: Batch,
 ) -> Traits:
     """Runs the probes abstractly, so that what one refuses is said before the first step and not where it is due."""
 
-    def run(given: Given, state: TrainState, batch: Batch) -> Any:
+    def run(given: Given | None, state: TrainState, batch: Batch) -> Any:
         values = probed.look(given, state, batch)
         for name, leaf in named_leaves(values):
             if not hasattr(leaf, "shape") and not isinstance(leaf, (int, float)):
@@ -104,9 +115,9 @@ def inspect_probed(
 
 
 def _abstractly(
-    run: Callable[[Given, TrainState, Batch], Any],
+    run: Callable[[Given | None, TrainState, Batch], Any],
     strategy: Strategy,
-    given: Given,
+    given: Given | None,
     state: TrainState,
     batch: Batch,
     shards: int,

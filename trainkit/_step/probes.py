@@ -37,7 +37,7 @@ class ProbedSteps:
         self,
         accumulator: Accumulator,
         impl: str,
-        given: Given,
+        given: Given | None,
         state: TrainState,
         packed: Any,
         batch: Batch,
@@ -52,7 +52,7 @@ class ProbedSteps:
             values = self._values(before, batch, mask, new_state, done)
         return with_raw_key(new_state), merged, values
 
-    def look(self, given: Given, state: TrainState, batch: Batch) -> dict[str, Any]:
+    def look(self, given: Given | None, state: TrainState, batch: Batch) -> dict[str, Any]:
         """Returns what the probes say of an update by one batch without padding, before hooks; for its shapes alone."""
         done = self._steps.attempt_one(given, state, batch)
         parts = (batch, None) if self._steps.accumulate == 1 else ((batch,), (None,))

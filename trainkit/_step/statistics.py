@@ -32,7 +32,7 @@ class MeasuringStep:
         self._forward, self._constants = Forward(measuring, strategy, user, False, constants), constants
 
     def __call__(
-        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, impl: str, given: Given | None, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> Measured:
         """Returns what was measured; nothing where no layer takes statistics of the batch.
 

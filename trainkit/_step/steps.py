@@ -1,4 +1,4 @@
-"""The pure steps: initialise, train, evaluate, predict. Runs the hooks; owns no loop and no device layout."""
+"""The pure steps that make and change a state: initialise, train. Runs the hooks; owns no loop and no device layout."""
 
 import functools
 from collections.abc import Callable
@@ -8,26 +8,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainkit._core.state import OVERWRITTEN, TrainState, key_of, with_raw_key, with_typed_key
+from trainkit._core.state import OVERWRITTEN, TrainState, with_raw_key, with_typed_key
 from trainkit._core.tree import select
 from trainkit._core.typing import Batch, Outputs, PyTree, Variables
 from trainkit._core.weighted import Weighted
 from trainkit._models.model import Model
 from trainkit._models.precision import Precision
 from trainkit._step.checks import (
-    check_outputs,
     check_scales,
     check_step_result,
     check_trainable,
     check_unused,
 )
+from trainkit._step.evaluation import EvalSteps, is_per_example, step_key
 from trainkit._step.forward import Forward, UserFunctions
 from trainkit._step.given import Constants, Given
 from trainkit._step.guard import settle, unless_weightless
 from trainkit._step.losses import for_metrics, mean_share, of_all, quotient
 from trainkit._step.parts import Apply, Parts, Pass, Share, Updated
-from trainkit._step.statistics import MeasuringStep
-from trainkit._step.trace import TraceLog
 from trainkit._step.trained import split, with_still, with_zeros
 from trainkit.hooks._hook import StepHook, admitted, init_hooks, update_hooks
 from trainkit.hooks._loss_scale import NAME as LOSS_SCALE
@@ -37,14 +35,11 @@ from trainkit.optim._staged import Staged
 from trainkit.parallel._strategy import Strategy
 
 
-class Steps:
+class Steps(EvalSteps):
     """The pure steps of one trainer, for its model, optimizer, hooks and strategy.
 
     Attributes:
-        forward: runs the user's functions.
-        strategy: how steps run on the devices.
         accumulate: batches that make one step.
-        traces: notes what was traced.
     """
 
     def __init__(
@@ -60,23 +55,21 @@ class Steps:
         remat: bool | Callable[..., bool],
         constants: Constants,
     ) -> None:
-        self._model, self._tx, self.strategy, self._user = model, tx, strategy, user
-        self.forward = Forward(model, strategy, user, remat, constants)
-        self.constants = constants
+        super().__init__(model, strategy, user, Forward(model, strategy, user, remat, constants), constants)
+        self._tx = tx
         self._hooks = (loss_scale_hook(), *hooks) if precision.scaled else hooks
         self._precision, self.accumulate, self._remat = precision, accumulate, remat
         self._default_is_used = user.train_step is None
-        self.traces = TraceLog()
 
     # Initialisation -------------------------------------------------------------------------------------------
 
-    def init(self, given: Given, rng: jax.Array, batch: Batch) -> TrainState:
+    def init(self, given: Given | None, rng: jax.Array, batch: Batch) -> TrainState:
         """Returns the state at step 0 from `rng` and the shapes of `batch`; to be compiled as one program."""
         return self._init(given, rng, batch)
 
     @functools.cached_property
     def _init(self) -> Any:
-        def init(given: Given, rng: jax.Array, batch: Batch) -> TrainState:
+        def init(given: Given | None, rng: jax.Array, batch: Batch) -> TrainState:
             init_rng, step_rng = jax.random.split(rng)
             init_variables = self._user.init_variables or self.init_variables
             with self.constants.traced(given):
@@ -108,7 +101,7 @@ class Steps:
         self,
         accumulator: Accumulator,
         impl: str,
-        given: Given,
+        given: Given | None,
         state: TrainState,
         packed: Any,
         batch: Batch,
@@ -137,7 +130,7 @@ class Steps:
     def advance(
         self,
         accumulator: Accumulator,
-        given: Given,
+        given: Given | None,
         state: TrainState,
         packed: Any,
         batch: Batch,
@@ -148,13 +141,19 @@ class Steps:
             return self._advanced(accumulator, given, state, packed, batch, mask)
 
     def _advanced(
-        self, accumulator: Accumulator, given: Given, state: TrainState, packed: Any, batch: Batch, mask: Any
+        self,
+        accumulator: Accumulator,
+        given: Given | None,
+        state: TrainState,
+        packed: Any,
+        batch: Batch,
+        mask: Any,
     ) -> tuple[TrainState, Any, Updated]:
         done = self._attempt(given, state, batch, mask)
         values = done.told(state)
         new_state, merged = update_hooks(self._hooks, values), packed
         for outputs in done.outputs:
-            merged = self._merge_metrics(accumulator, merged, outputs)
+            merged = self.merge_metrics(accumulator, merged, outputs)
         keep = admitted(self._hooks, new_state.hooks, values)
         if keep is not None:
             merged = select(keep, merged, packed)
@@ -165,7 +164,9 @@ class Steps:
             new_state = settle(self._hooks, keep, values, new_state, again, one_device=one_device)
         return new_state, merged, done
 
-    def attempt(self, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None) -> Updated:
+    def attempt(
+        self, given: Given | None, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> Updated:
         """One optimizer update, of `batch` and `mask` as `train` takes them, before the hooks are told."""
         with self.constants.traced(given):
             return self._step(state, self.parts(batch, mask))
@@ -174,7 +175,7 @@ class Steps:
         """Returns the batches of a step with their masks, of `batch` and `mask` as `train` takes them."""
         return ((batch, mask),) if self.accumulate == 1 else tuple(zip(batch, mask or (), strict=True))
 
-    def attempt_one(self, given: Given, state: TrainState, batch: Batch) -> Updated:
+    def attempt_one(self, given: Given | None, state: TrainState, batch: Batch) -> Updated:
         """One optimizer update of one batch, all of whose rows are real, also where a step takes several."""
         if self.accumulate == 1:
             return self._attempt(given, state, batch, None)
@@ -246,7 +247,7 @@ class Steps:
             skipped = (~all_finite(grads)).astype(jnp.float32)
             seen = {"loss_scale": scale, "skipped_updates": skipped, "part": jnp.float32(1 / len(parts))}
             outputs = [{**one, **seen} for one in outputs]
-        new_state, per_example = self._apply(state, grads, merged), _per_example(passes[0].losses)
+        new_state, per_example = self._apply(state, grads, merged), is_per_example(passes[0].losses)
         return Updated(new_state, loss, weight, grads, merged, outputs, per_example, shares)
 
     def gradient(self, state: TrainState, parts: Parts) -> tuple[jax.Array | None, PyTree]:
@@ -263,7 +264,7 @@ class Steps:
 
     def part_key(self, state: TrainState, index: int) -> jax.Array:
         """Returns the key of one batch of a step."""
-        return _step_key(state) if self.accumulate == 1 else jax.random.fold_in(_step_key(state), index)
+        return step_key(state) if self.accumulate == 1 else jax.random.fold_in(step_key(state), index)
 
     def _joined(
         self, state: TrainState, passes: list[Pass]
@@ -357,7 +358,7 @@ class Steps:
         return jnp.maximum(self.strategy.sum(jnp.stack(counts).sum()), 1)
 
     def row_losses(
-        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
+        self, impl: str, given: Given | None, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> dict[str, jax.Array]:
         """Returns the losses that a training step computes, and their weights where they have any, all `[batch]`.
 
@@ -371,116 +372,15 @@ class Steps:
         state = with_typed_key(state, impl)
         with self.constants.traced(given):
             losses, _, _ = self.forward.losses(
-                state.variables, batch, mask, state.step, _step_key(state), train=True
+                state.variables, batch, mask, state.step, step_key(state), train=True
             )
         told = for_metrics(losses, {}, mask, self.forward.rows(batch))
         return {name: told[name] for name in ("loss", "weight") if name in told}
-
-    def _merge_metrics(self, accumulator: Accumulator, packed: Any, outputs: Outputs) -> Any:
-        return accumulator.update(packed, axis_name=self.strategy.replica_axis, **outputs)
-
-    # Evaluation and prediction --------------------------------------------------------------------------------
-
-    def evaluate(
-        self,
-        accumulator: Accumulator,
-        impl: str,
-        given: Given,
-        state: TrainState,
-        carry: Any,
-        batch: Batch,
-        mask: jax.Array | None,
-    ) -> tuple[Any, dict[str, Any]]:
-        """Metrics of one batch merged into `carry`, a pair of `packed` and `int32[]` examples counted.
-
-        Returns:
-            The next `carry`, and the rows that metrics computed on the host ask for.
-        """
-        self.traces.record("evaluation", {"state": state, "batch": batch, "mask": mask})
-        packed, counted = carry
-        _, outputs = self.eval_outputs(given, with_typed_key(state, impl), batch, mask)
-        packed = self._merge_metrics(accumulator, packed, outputs)
-        counted = counted + self.strategy.sum(self.forward.real(batch, mask).sum(dtype=jnp.int32))
-        return (packed, counted), accumulator.collect(**outputs)
-
-    def default_eval(self, state: TrainState, batch: Batch, mask: jax.Array | None = None) -> dict[str, Any]:
-        """What `Trainer.eval_step` does unless it is overridden: the loss with `ctx.train` False."""
-        return self._eval_forward(state, batch, mask)[1]
-
-    def _eval_forward(
-        self, state: TrainState, batch: Batch, mask: jax.Array | None
-    ) -> tuple[jax.Array | Weighted, dict[str, Any]]:
-        losses, outputs, _ = self.forward.losses(
-            state.variables, batch, mask, state.step, _step_key(state), train=False
-        )
-        return losses, for_metrics(losses, outputs, mask, self.forward.rows(batch))
-
-    def predict(
-        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
-    ) -> PyTree:
-        """Outputs of `predict_step` for one batch, leaves `[batch, ...]`."""
-        self.traces.record("prediction", {"state": state, "batch": batch, "mask": mask})
-        return self.prediction(impl, given, state, batch, mask)
-
-    def prediction(
-        self, impl: str, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
-    ) -> PyTree:
-        """As `predict`, for a program of its own: it takes no part in the report of what compiles again."""
-        state = with_typed_key(state, impl)
-        with self.constants.traced(given):
-            return self.forward.predictions(state.variables, batch, mask, state.step, _step_key(state))
-
-    def applied(
-        self,
-        impl: str,
-        fn: Callable[..., Any],
-        given: Given,
-        state: TrainState,
-        args: tuple[Any, ...],
-        rng: jax.Array | None,
-    ) -> PyTree:
-        """Returns `fn(bound module, *args)`, not training; what it changes is dropped. `rng` is the step's if None."""
-        state = with_typed_key(state, impl)
-        key = _step_key(state) if rng is None else rng
-        with self.constants.traced(given):
-            return self.forward.applied(fn, state.variables, args, state.step, key)
-
-    @functools.cached_property
-    def statistics(self) -> MeasuringStep:
-        """The step that measures the batch statistics of one batch."""
-        return MeasuringStep(self._model, self.strategy, self._user, self.constants)
-
-    def eval_outputs(
-        self, given: Given, state: TrainState, batch: Batch, mask: jax.Array | None
-    ) -> tuple[bool, dict[str, Any]]:
-        """Returns whether the loss comes one per example, and one batch's outputs for the metrics."""
-        with self.constants.traced(given):
-            return self._eval_outputs(state, batch, mask)
-
-    def _eval_outputs(
-        self, state: TrainState, batch: Batch, mask: jax.Array | None
-    ) -> tuple[bool, dict[str, Any]]:
-        if self._user.eval_step is None:
-            losses, outputs = self._eval_forward(state, batch, mask)
-            return _per_example(losses), outputs
-        outputs = self._user.eval_step(state, batch)
-        check_outputs("eval_step", outputs)
-        return True, {**outputs, **self.forward.mask_output(batch, mask)}
-
-    @property
-    def units(self) -> bool:
-        """Whether a batch is one unit without rows, which is never padded nor divided."""
-        return self._user.units
 
     @property
     def has_own_train(self) -> bool:
         """Whether the user wrote `train_step`, which may return any state."""
         return self._user.train_step is not None
-
-    @property
-    def has_own_eval(self) -> bool:
-        """Whether the user wrote `eval_step`, which may look at all of the state."""
-        return self._user.eval_step is not None
 
 
 def _traced_once(fn: Callable[..., Any]) -> Any:
@@ -492,12 +392,3 @@ def _traced_once(fn: Callable[..., Any]) -> Any:
 
 
 _larger = functools.partial(jax.tree.map, jnp.maximum)
-
-
-def _step_key(state: TrainState) -> jax.Array:
-    # Costs nothing where the loss draws no numbers: the compiler drops it.
-    return jax.random.fold_in(key_of(state), state.step)
-
-
-def _per_example(losses: jax.Array | Weighted) -> bool:
-    return isinstance(losses, Weighted) or losses.ndim == 1
