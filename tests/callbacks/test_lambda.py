@@ -10,7 +10,7 @@ HOOKS = [
     *("on_fit_start", "on_epoch_start", "on_step", "on_eval_start", "on_eval_end", "on_epoch_end"),
     *("on_save", "on_fit_end", "on_exception", "close"),
 ]
-OTHERS = ["state_dict", "load_state_dict", "step_hook", "step_probe", "eval_view", "on_batch"]
+OTHERS = ["state_dict", "load_state_dict", "step_hook", "step_probe", "eval_view"]
 
 
 def test_the_hooks_are_those_of_callbacks():
