@@ -39,7 +39,7 @@ def _shared():
 def trainer(*callbacks, **options):
     """Returns a trainer that shares its start and its compiled steps with all others made here, to be quick.
 
-    The callbacks must have no step hook, which would be part of the step.
+    The callbacks must have no step hook and no probe, which would be part of the step.
     """
     made = WeightTrainer(Weight(), optax.sgd(1.0), callbacks=callbacks, **options)
     vars(made)["_engine"], made.state = _shared()
