@@ -38,8 +38,7 @@ class Divided(nnx.Module):
         self.down = nnx.Linear(16, 3, kernel_init=back, rngs=rngs)
 
     def __call__(self, x):
-        hidden = jax.lax.with_sharding_constraint(nnx.relu(self.up(x)), P(None, "tensor"))
-        return self.down(hidden)
+        return self.down(nnx.relu(self.up(x)))
 
 
 def test_parameters_lie_where_their_metadata_say(caplog):

@@ -67,8 +67,7 @@ class Forward:
         """Returns the variables that one call of the loss creates."""
         mask = self._strategy.example(self.real(batch, None))
         ctx = self._context(train=True, step=jnp.zeros((), jnp.int32), rng=rng, mask=mask)
-        with self._strategy.context():
-            return self._model.init(self._checked_loss, rng, self._strategy.example(batch), ctx)
+        return self._model.init(self._checked_loss, rng, self._strategy.example(batch), ctx)
 
     def losses(
         self,
@@ -105,10 +104,7 @@ class Forward:
 
         def forward(variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array) -> Any:
             ctx = self._context(train=False, step=step, rng=rng, mask=mask, params=variables["params"])
-            with self._strategy.context():
-                result, _ = self._model.apply(
-                    self._user.predict_step, variables, rng, batch, ctx, train=False
-                )
+            result, _ = self._model.apply(self._user.predict_step, variables, rng, batch, ctx, train=False)
             return result, {}, {}
 
         mapped = self._strategy.map_forward(forward)
@@ -161,8 +157,7 @@ class Forward:
         def forward(variables: Any, _: Any, mask: jax.Array, step: jax.Array, own: jax.Array) -> Any:
             ctx = self._context(train=False, step=step, rng=rng, mask=mask, params=variables["params"])
             called = functools.partial(fn, ctx=ctx) if asks else fn
-            with self._strategy.context():
-                return self._model.apply(called, variables, rng, *args, train=False)[0], {}, {}
+            return self._model.apply(called, variables, rng, *args, train=False)[0], {}, {}
 
         one_row = jnp.zeros((1,))
         result = self._strategy.map_forward(forward)(variables, one_row, jnp.ones((1,), bool), step, rng)[0]
@@ -177,10 +172,9 @@ class Forward:
         self, train: bool, variables: Any, batch: Batch, mask: jax.Array, step: jax.Array, rng: jax.Array
     ) -> Any:
         ctx = self._context(train=train, step=step, rng=rng, mask=mask, params=variables["params"])
-        with self._strategy.context():
-            (losses, outputs), updated = self._model.apply(
-                self._checked_loss, variables, rng, batch, ctx, train=train
-            )
+        (losses, outputs), updated = self._model.apply(
+            self._checked_loss, variables, rng, batch, ctx, train=train
+        )
         # What was sown was for the loss to read back; the state carries the collections it began with.
         carried = {name: updated[name] for name in variables if train and name in updated}
         return losses, outputs, carried

@@ -1,7 +1,6 @@
 """One program for all devices: what `Mesh` and `PerExample` share. Owns its compilation and the layout of states."""
 
 import abc
-import contextlib
 import copy
 import functools
 import logging
@@ -38,9 +37,6 @@ class Spmd(OnMesh, abc.ABC):
                 raise ValueError(f"{name}={size!r}: must be an int of at least 1.")
         check_axes(rules)
         self._sizes, self._rules = dict(sizes), tuple(rules)
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
 
     def with_names(self, names: Mapping[str, tuple[str | None, ...]]) -> Self:
         known = {path: tuple(one if one in AXES else None for one in spec) for path, spec in names.items()}

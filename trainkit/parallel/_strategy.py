@@ -1,7 +1,6 @@
 """What the step and the loop need of a device layout. Owns no model, no metric and no order of events."""
 
 import abc
-import contextlib
 import enum
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -77,10 +76,6 @@ class Strategy(abc.ABC):
         return tree if self.replica_axis is None else jax.lax.pmax(tree, self.replica_axis)
 
     # Around a step ------------------------------------------------------------------------------------------
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns what the user's functions are traced in: the mesh of `jax.set_mesh`, where there is one."""
-        return contextlib.nullcontext()
 
     def with_names(self, names: Mapping[str, tuple[str | None, ...]]) -> Self:
         """Returns this strategy for a model that says which axis divides each dimension of a parameter.
