@@ -306,14 +306,17 @@ def test_an_exported_module_predicts_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda rngs: 3, r"the function returned int; .*returns a flax\.nnx\.Module"),
+        (
+            lambda rngs: 3,
+            r"expected a flax\.linen\.Module, a flax\.nnx\.Module, .*got function, which returned int",
+        ),
         (nnx.Linear, r"model=Linear: its constructor wants in_features, out_features.*lambda rngs: Linear"),
         (3, r"expected a flax\.linen\.Module.*got int"),
     ],
 )
 def test_what_is_no_model_is_refused_by_name(model, message):
     with pytest.raises(TypeError, match=message):
-        Classifier(model, optax.sgd(0.1)).init(batches(1)[0])
+        Classifier(model, optax.sgd(0.1))
 
 
 def test_two_types_of_one_name_are_refused():

@@ -1,10 +1,12 @@
 """Which module system a model belongs to. Owns no model."""
 
+import functools
+import inspect
+import sys
 from typing import Any
 
 from trainkit._models.linen import LinenModel
 from trainkit._models.model import Model
-from trainkit._models.nnx import NnxModel, is_nnx
 from trainkit._models.precision import Precision
 
 
@@ -18,4 +20,18 @@ def model_of(model: Any, precision: Precision) -> Model:
     Raises:
         TypeError: it is none of these.
     """
-    return NnxModel(model, precision) if is_nnx(model) else LinenModel(model, precision)
+    if not _is_nnx(model):
+        return LinenModel(model, precision)
+    # It takes a while to import, which programs that don't use it need not wait for.
+    from trainkit._models.nnx import NnxModel
+
+    return NnxModel(model, precision)
+
+
+def _is_nnx(model: Any) -> bool:
+    if inspect.isroutine(model) or isinstance(model, functools.partial):
+        return True
+    nnx = sys.modules.get("flax.nnx")  # it is there where somebody made a module of it
+    if nnx is None:
+        return False
+    return issubclass(model, nnx.Module) if inspect.isclass(model) else isinstance(model, nnx.Module)

@@ -65,6 +65,7 @@ class NnxModel(Model):
         self._make = _maker(source) if self._object is None else None
         self.apply_fn = self._apply_plain
         self._intercept: Interceptor | None = None
+        self._template  # noqa: B018 (what is no model is refused now)
 
     @property
     def starts_from_arrays(self) -> bool:
@@ -186,15 +187,6 @@ class NnxModel(Model):
         return self.merged(variables, key, train=False)(*args, **kwargs)
 
 
-def is_nnx(model: Any) -> bool:
-    """Says whether `model` is a module of `flax.nnx`, or a function or class that may make one."""
-    if isinstance(model, nnx.Module):
-        return True
-    if inspect.isclass(model):
-        return issubclass(model, nnx.Module)
-    return inspect.isroutine(model) or isinstance(model, functools.partial)
-
-
 def _maker(source: Any) -> Callable[[nnx.Rngs], Any]:
     if not inspect.isclass(source):
         return source
@@ -222,8 +214,8 @@ def _made(make: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs) -> nnx.Module:
         module = make(rngs)
     if not isinstance(module, nnx.Module):
         raise TypeError(
-            f"model: the function returned {type(module).__name__}; a function given as a model takes nnx.Rngs and "
-            "returns a flax.nnx.Module."
+            f"model: expected a flax.linen.Module, a flax.nnx.Module, or a function of nnx.Rngs that makes one of the "
+            f"latter; got {type(make).__name__}, which returned {type(module).__name__}."
         )
     return module
 
