@@ -40,7 +40,7 @@ def test_the_table_compares_runs_without_a_line_of_the_users(tmp_path):
     rows, (names, metrics) = Pages(tmp_path).hparams()
     own = ["model/width", "model/sizes/0", "model/sizes/1", "act", "augment", "seed", "batch_size"]
     assert sorted(names) == sorted(own)
-    assert metrics == ["best/eval/loss", "best/train/loss", "epoch", "eval/loss", "train/loss"]
+    assert metrics == ["best/eval/loss", "best/train/loss", "eval/loss", "train/loss"]
     common = {"model/sizes/0": 1, "model/sizes/1": 2, "act": "relu", "batch_size": 4}
     assert rows["a"][0] == {**common, "model/width": 8, "augment": True, "seed": 8}
     assert rows["b"][0] == {**common, "model/width": 16, "augment": False, "seed": 16}

@@ -46,13 +46,15 @@ def images(logdir):
 
 
 def texts(logdir):
-    """Texts of TensorBoard's log, `{tag: {step: text}}`."""
+    """Texts of TensorBoard's log, `{tag: {step: text}}`; the card that every run has is left out."""
     read = events(logdir)
     tags = [
         tag for tag in read.Tags()["tensors"] if read.SummaryMetadata(tag).plugin_data.plugin_name == "text"
     ]
     return {
-        tag: {e.step: make_ndarray(e.tensor_proto).item().decode() for e in read.Tensors(tag)} for tag in tags
+        tag: {e.step: make_ndarray(e.tensor_proto).item().decode() for e in read.Tensors(tag)}
+        for tag in tags
+        if tag != "run"
     }
 
 
