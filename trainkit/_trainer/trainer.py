@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, final
 
-import flax.linen as nn
 import jax
 import optax
 
@@ -63,7 +62,8 @@ class Trainer(Asking):
     `predict_step` and `init_variables`; all else is final.
 
     Args:
-        model: a `flax.linen.Module`, unbound.
+        model: a `flax.linen.Module`, unbound; or a `flax.nnx.Module`, whose weights are the start and which is never
+            written, or a function of `rngs` that makes one.
         tx: an optax transformation.
         callbacks: objects, in the order in which they run within a phase.
         strategy: how a step runs on the devices: `"jit"` (all devices) or a `tk.parallel` object.
@@ -114,7 +114,7 @@ class Trainer(Asking):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         tx: optax.GradientTransformation,
         *,
         callbacks: Sequence[Callback] = (),
