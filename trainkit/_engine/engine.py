@@ -205,12 +205,12 @@ class Engine(Sources):
             what="training",
             why=why,
         )
-        step = functools.partial(_from_held, self.steps.train)
+        step = functools.partial(_train, self.steps.train)
         prepared = self._prepare("training", step, self._compiled_train, state, traits, feed)
         self._last_calls = prepared.calls
         if self._probed:
             self._inspect("probed training", functools.partial(inspect_probed, self._probed), state, first)
-            pure = functools.partial(_from_held, self._probed.train, prepared.accumulator, key_impl(state))
+            pure = functools.partial(_train, self._probed.train, prepared.accumulator, key_impl(state))
             program = self._kept(("probed", prepared.step), lambda: self._compiled_train(pure, Role.WHOLE))
             prepared = prepared._replace(probed=program)
         return prepared
@@ -404,7 +404,7 @@ class Engine(Sources):
         return Prepared(run, accumulator, empty, feed, calls)
 
 
-def _from_held(
+def _train(
     train: Callable[..., Any],
     accumulator: Accumulator,
     impl: str,
