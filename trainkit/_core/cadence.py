@@ -113,13 +113,24 @@ class Never(Cadence):
         return NEVER
 
 
-def as_cadence(value: object, argument: str) -> Cadence:
+def as_cadence(value: object, argument: str, *, comes: bool = False) -> Cadence:
     """Returns `value` if it is a cadence.
+
+    Args:
+        value: to be looked at.
+        argument: names it in messages.
+        comes: whether it must come at all: `Never` is refused for what does nothing else.
 
     Raises:
         TypeError: it is something else; the message names `argument`.
+        ValueError: it never comes.
     """
     if isinstance(value, Cadence):
+        if comes and isinstance(value, Never):
+            raise ValueError(
+                f"{argument}={value!r}: it would never come, and nothing be done. Write e.g. tk.Every(steps=50), or "
+                "leave the callback out."
+            )
         return value
     raise TypeError(
         f"{argument}={value!r}: expected tk.Every(steps=|epochs=|seconds=), tk.At(steps=...) or tk.Never(). "

@@ -3,18 +3,23 @@
 Owns the order among callbacks; not when a hook is due, which is the loop's.
 """
 
+import logging
 import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from trainkit._core.cadence import At
 from trainkit.callbacks._callback import Callback, Phase, Rollback, Save, Stop, Update
-from trainkit.callbacks._info import Info
+from trainkit.callbacks._info import Info, Plan
 
 InfoFor = Callable[[Callback, str], Info]
 """Makes the information for one call: `info_for(callback, hook)`."""
 
 Act = Callable[[Callback, Stop | Update | Save | Rollback], None]
 """Carries out what a hook returned."""
+
+
+_LOG = logging.getLogger("trainkit")
 
 
 class Dispatcher:
@@ -38,6 +43,8 @@ class Dispatcher:
             self._begun.append(callback)
             if callback.implements("on_fit_start"):
                 self._call(callback, "on_fit_start")
+            if callback.implements("on_step"):
+                _tell_if_never_due(callback, self._info_for(callback, "on_fit_start").plan)
 
     def call(self, hook: str) -> None:
         """Calls `hook` of every callback that overrides it."""
@@ -105,3 +112,14 @@ def checkpoints(callbacks: Sequence[Callback]) -> list[Callback]:
 
 def _name(callback: Callback) -> str:
     return type(callback).__name__
+
+
+def _tell_if_never_due(callback: Callback, plan: Plan) -> None:
+    every = callback.every
+    if isinstance(every, At) and plan.steps is not None and every.steps[0] > plan.steps and not plan.dry_run:
+        _LOG.warning(
+            "%s is due at the steps %s, and this fit ends at step %d: it is never called.",
+            type(callback).__name__,
+            reprlib.repr(every.steps),
+            plan.steps,
+        )

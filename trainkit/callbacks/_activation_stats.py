@@ -48,7 +48,7 @@ class ActivationStats(Deferred[Numbers]):
 
     def __init__(self, every: Cadence = _EVERY, *, name: str = "activations") -> None:
         super().__init__()
-        self.every, self._name, self._said = as_cadence(every, "every"), name, False
+        self.every, self._name, self._said = as_cadence(every, "every", comes=True), name, False
 
     def step_probe(self) -> StepProbe:
         return activations_probe(self._name)

@@ -46,7 +46,7 @@ class GradientNoiseScale(Deferred[Numbers]):
         self, every: Cadence = _EVERY, *, decay: float = 0.98, name: str = "gradient_noise_scale"
     ) -> None:
         super().__init__()
-        self.every = as_cadence(every, "every")
+        self.every = as_cadence(every, "every", comes=True)
         if not isinstance(decay, (int, float)) or not 0 <= decay < 1:
             raise ValueError(f"GradientNoiseScale(decay={decay!r}): must be a number in [0, 1).")
         self._decay, self._name = decay, name

@@ -37,7 +37,7 @@ class Memory(Callback):
     """
 
     def __init__(self, every: Cadence = _EVERY) -> None:
-        self.every = as_cadence(every, "every")
+        self.every = as_cadence(every, "every", comes=True)
 
     def on_step(self, info: Info) -> None:
         devices = {

@@ -48,7 +48,7 @@ class Probe(Deferred[dict[str, jax.Array]]):
         super().__init__()
         if not callable(fn):
             raise TypeError(f"Probe(fn={fn!r}): expected a function of tk.hooks.StepValues.")
-        self.every = as_cadence(every, "every")
+        self.every = as_cadence(every, "every", comes=True)
         self._fn, self._name = fn, getattr(fn, "__name__", "") if name is None else name
         if not self._name or self._name == "<lambda>":
             raise ValueError("Probe(fn=...): a function without a name needs name=, that in the log.")

@@ -36,7 +36,7 @@ class Shown(Callback, abc.ABC, Generic[Value]):
         if not callable(fn):
             raise TypeError(f"{said}({fn!r}): expected a function, fn(info).")
         check_name(said, name)
-        self.every, self._fn, self._name = as_cadence(every, "every"), fn, name
+        self.every, self._fn, self._name = as_cadence(every, "every", comes=True), fn, name
 
     @abc.abstractmethod
     def _check(self, value: Any, tag: str) -> Value:

@@ -68,7 +68,7 @@ class Throughput(Callback):
         items: Mapping[str, Counter | str] | None = None,
         peak_flops: float | None = None,
     ) -> None:
-        self.every = as_cadence(every, "every")
+        self.every = as_cadence(every, "every", comes=True)
         self._counters = _as_counters({} if items is None else items)
         if peak_flops is not None and not (
             isinstance(peak_flops, int | float)

@@ -64,7 +64,7 @@ class Watch(Deferred[dict[str, Any]]):
         name: str = "watch",
     ) -> None:
         super().__init__()
-        self.every = as_cadence(every, "every")
+        self.every = as_cadence(every, "every", comes=True)
         self._what = (what,) if isinstance(what, str) else tuple(what)
         wrong = [one for one in self._what if one not in _WHAT]
         if wrong or not self._what:
