@@ -184,10 +184,6 @@ def test_a_model_without_layers(caplog):
     assert caplog.text.count("ActivationStats writes nothing: no module of the model returns") == 1
 
 
-def test_the_promises_of_a_callback():
-    tk.testing.check_callback(lambda: ActivationStats(tk.Every(steps=2)))
-
-
 def test_the_run_is_as_without():
     batches = data(ROWS, ROWS, ROWS)
     states = []

@@ -11,12 +11,10 @@ from matplotlib import colormaps
 from PIL import Image
 
 import trainkit as tk
-from tests.callbacks.registry import REGISTRY
 from tests.helpers.writer_calls import events
 from trainkit.callbacks import EMA, Checkpoint, ConfusionMatrix, Lambda
 from trainkit.callbacks._confusion_matrix import draw
 from trainkit.callbacks._figure import as_pixels
-from trainkit.testing import check_callback
 
 CLASSES = 4
 RANDOM = np.random.default_rng(0)
@@ -47,10 +45,6 @@ def by_hand(params):
 def shown(logdir):
     read = events(logdir)
     return {tag: [event.step for event in read.Images(tag)] for tag in read.Tags()["images"]}
-
-
-def test_conformance():
-    check_callback(REGISTRY["ConfusionMatrix"])
 
 
 @pytest.mark.parametrize("strategy", ["jit", "vmap", "pmap"])

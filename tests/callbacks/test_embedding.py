@@ -10,13 +10,11 @@ import pytest
 from PIL import Image
 
 import trainkit as tk
-from tests.callbacks.registry import REGISTRY
 from tests.helpers.infos import make_info
 from tests.helpers.runs import dies_at
 from tests.helpers.tensorboard_pages import Pages
 from tests.helpers.weight import numbers, trainer
 from trainkit.callbacks import Checkpoint, Embedding
-from trainkit.testing import check_callback
 from trainkit.writers import _projector
 from trainkit.writers._projector import write_embedding
 
@@ -51,10 +49,6 @@ class Projector:
         return np.asarray(
             Image.open(io.BytesIO(self._pages.get("projector/sprite_image", run=run, name=name)))
         )
-
-
-def test_conformance():
-    check_callback(REGISTRY["Embedding"])
 
 
 def test_the_projector_finds_vectors_labels_and_images(tmp_path):

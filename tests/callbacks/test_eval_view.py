@@ -107,7 +107,3 @@ def test_names():
     twice = [EvalView(schedule_free), EvalView(schedule_free)]
     with pytest.raises(ValueError, match=r"two callbacks give a view with the name 'eval_view'"):
         Line(nn.Dense(1), optax.sgd(0.1), callbacks=twice)
-
-
-def test_its_promises():
-    tk.testing.check_callback(lambda: EvalView(lambda state: state))

@@ -316,9 +316,3 @@ def test_what_does_not_fit_is_refused(callbacks, match):
 def test_wrong_arguments_are_refused(groups, error, match):
     with pytest.raises(error, match=match):
         Finetune(groups)
-
-
-def test_it_keeps_the_promises_of_a_callback():
-    tk.testing.check_callback(
-        lambda: Finetune({"Dense_0": tk.Every(epochs=1), "Dense_1/bias": tk.At(steps=(4,))})
-    )

@@ -171,7 +171,3 @@ def test_what_is_refused():
             GradientNoiseScale(decay=decay)
     with pytest.raises(TypeError, match="every=50"):
         GradientNoiseScale(50)
-
-
-def test_the_promises_of_a_callback():
-    tk.testing.check_callback(lambda: GradientNoiseScale(tk.Every(steps=2)))

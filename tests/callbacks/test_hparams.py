@@ -12,12 +12,10 @@ import optax
 import pytest
 
 import trainkit as tk
-from tests.callbacks.registry import REGISTRY
 from tests.helpers.runs import Script, dies_at, scalars_of, sigterm_at
 from tests.helpers.tensorboard_pages import Pages
 from tests.helpers.weight import WeightTrainer, numbers, trainer
 from trainkit.callbacks import Checkpoint, HParams
-from trainkit.testing import check_callback
 from trainkit.writers import read_jsonl
 
 GIVEN = {"model": {"width": 8, "sizes": [1, 2]}, "act": "relu", "augment": True}
@@ -25,10 +23,6 @@ GIVEN = {"model": {"width": 8, "sizes": [1, 2]}, "act": "relu", "augment": True}
 
 def hparams_lines(logdir):
     return [line["hparams"] for line in read_jsonl(logdir / "metrics.jsonl") if "hparams" in line]
-
-
-def test_conformance():
-    check_callback(REGISTRY["HParams"])
 
 
 def test_the_table_compares_runs_without_a_line_of_the_users(tmp_path):

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 import trainkit as tk
-from tests.callbacks.registry import REGISTRY
 from tests.helpers.infos import Recorder, make_info
 from tests.helpers.weight import numbers, trainer
 from trainkit.callbacks import Lambda, Memory
 from trainkit.callbacks import _memory as module
-from trainkit.testing import check_callback
 
 EACH = tk.Every(steps=1)
 MIB = 2**20
@@ -72,7 +70,3 @@ def test_a_state_without_parameters_has_no_device():
     Memory().on_step(make_info(50, state=State(), writer=writer))
     ((step, row),) = writer.rows
     assert (step, row["memory/device_bytes"]) == (50, 0)
-
-
-def test_conformance():
-    check_callback(REGISTRY["Memory"])

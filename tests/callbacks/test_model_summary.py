@@ -8,12 +8,10 @@ import pytest
 from flax import linen as nn
 
 import trainkit as tk
-from tests.callbacks.registry import REGISTRY
 from tests.helpers.runs import dies_at
 from tests.helpers.writer_calls import texts
 from trainkit._core.flops import count
 from trainkit.callbacks import Checkpoint, Lambda, ModelSummary
-from trainkit.testing import check_callback
 
 X = np.zeros((4, 6, 6, 1), np.float32)
 
@@ -49,10 +47,6 @@ def layers_of(model, *, x=X, kind=Trainer, **options):
 def rows_of(text):
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
-
-
-def test_conformance():
-    check_callback(REGISTRY["ModelSummary"])
 
 
 def test_shapes_parameters_and_operations_are_those_by_hand():

@@ -5,12 +5,10 @@ import builtins
 import pytest
 
 import trainkit as tk
-from tests.callbacks.registry import REGISTRY
 from tests.helpers.infos import make_info
 from tests.helpers.runs import TEN, Script, dies_at, saving
 from tests.helpers.weight import numbers, trainer
 from trainkit.callbacks import OptunaPrune
-from trainkit.testing import check_callback
 
 EVERY = tk.Every(steps=2)
 
@@ -136,7 +134,3 @@ def test_names_that_are_not_there():
     pruning.on_fit_start(make_info())
     with pytest.raises(ValueError, match="the names are: eval/loss"):
         pruning.on_eval_end(make_info(10, {"eval/loss": 1.0}))
-
-
-def test_conformance():
-    check_callback(REGISTRY["OptunaPrune"])

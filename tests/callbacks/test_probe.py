@@ -54,10 +54,6 @@ def test_what_the_function_may_not_return(returned, error, message):
         fit(Probe(returned, name="p"))
 
 
-def test_the_promises_of_a_callback():
-    tk.testing.check_callback(lambda: Probe(lambda v: v.loss, every=tk.Every(steps=2), name="p"))
-
-
 def test_numbers_of_python_and_bools():
     history = fit(
         Probe(lambda v: {"one": 1, "yes": True, "is": v.loss > 1}, every=tk.At(steps=(2,)), name="p")

@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 import trainkit as tk
-from tests.callbacks.registry import REGISTRY
 from tests.helpers.runs import TEN, dies_at, sigterm_at
 from tests.helpers.weight import trainer
 from trainkit._core.phases import phases_are_named
 from trainkit.callbacks import Checkpoint, Lambda, Profile
-from trainkit.testing import check_callback
 
 LOOKS = Lambda(on_step=lambda info: None)
 """Looks at each step, so that each is a call."""
@@ -114,7 +112,3 @@ def test_nothing_changes_by_being_traced(tmp_path):
 def test_arguments_out_of_range(given, message):
     with pytest.raises(ValueError, match=message):
         Profile(**given)
-
-
-def test_conformance():
-    check_callback(REGISTRY["Profile"])

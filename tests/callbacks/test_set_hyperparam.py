@@ -150,7 +150,3 @@ def test_an_optimizer_without_such_values_is_refused():
 def test_wrong_arguments_are_refused(args, options, match):
     with pytest.raises(TypeError, match=match):
         SetHyperparam(*args, **options)
-
-
-def test_it_keeps_the_promises_of_a_callback():
-    tk.testing.check_callback(lambda: SetHyperparam("learning_rate", lambda info: 0.1 / (1 + info.step)))

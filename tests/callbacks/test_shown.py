@@ -11,13 +11,11 @@ import pytest
 from flax import linen as nn
 
 import trainkit as tk
-from tests.callbacks.registry import REGISTRY
 from tests.helpers.infos import make_info
 from tests.helpers.runs import dies_at
 from tests.helpers.weight import numbers, trainer
 from tests.helpers.writer_calls import images, texts
 from trainkit.callbacks import EMA, Checkpoint, Figure, Images, Text
-from trainkit.testing import check_callback
 from trainkit.writers import NullWriter
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), np.uint8)
@@ -27,11 +25,6 @@ TWO = numbers(1, 2)
 def drawn(color="red"):
     figure = matplotlib.figure.Figure(figsize=(0.5, 0.25), dpi=40, facecolor=color)
     return figure
-
-
-@pytest.mark.parametrize("name", ["Images", "Text", "Figure"])
-def test_conformance(name):
-    check_callback(REGISTRY[name])
 
 
 def test_images_are_in_the_log_at_their_steps(tmp_path):

@@ -142,7 +142,3 @@ def test_two_have_names_of_their_own():
     guards = [SpikeGuard(2.0, 1, every=EACH), SpikeGuard(2.0, 1, "grad_norm", every=EACH, name="large")]
     history = WeightTrainer(Weight(), optax.sgd(1.0), callbacks=guards).fit(numbers(1, 9), epochs=1).history
     assert history["spikes/refused"] == history["large/refused"] == [(1, 0), (2, 1)]
-
-
-def test_the_promises_of_a_callback():
-    tk.testing.check_callback(lambda: SpikeGuard(3.0, 2, every=tk.Every(steps=2)))

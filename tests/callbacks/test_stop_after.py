@@ -5,7 +5,6 @@ import functools
 import pytest
 
 import trainkit._loop.run
-from tests.callbacks.registry import REGISTRY
 from tests.helpers.runs import TEN, Script, dies_at, saving, sigterm_at
 from tests.helpers.weight import numbers, trainer, weight
 from trainkit import Every
@@ -142,4 +141,3 @@ def test_arguments_out_of_range(given, message):
 @pytest.mark.parametrize("limit", [{"steps": 1000}, {"epochs": 1000}, {"seconds": 1e6}], ids=str)
 def test_conformance(limit):
     check_callback(lambda: StopAfter(**limit))
-    check_callback(REGISTRY["StopAfter"])

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import trainkit as tk
-from tests.callbacks.registry import REGISTRY
 from tests.helpers.infos import evaluations, make_info
 from tests.helpers.runs import TEN, Script, saving
 from tests.helpers.weight import numbers, trainer
@@ -106,5 +105,4 @@ def test_only_a_metric_of_passes_has_the_passes_parted():
 
 
 def test_conformance():
-    check_callback(REGISTRY["StopWhen"])
     check_callback(lambda: StopWhen("train/loss", above=1e9))

@@ -196,10 +196,6 @@ def test_halves_are_summed_in_float32_and_integers_taken_as_they_are():
     assert view(state, memory).params["w"].dtype == jax.numpy.bfloat16
 
 
-def test_its_promises():
-    tk.testing.check_callback(lambda: SWA(2, 2))
-
-
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [

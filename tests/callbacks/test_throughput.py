@@ -11,13 +11,11 @@ import pytest
 
 import trainkit as tk
 import trainkit._loop.run
-from tests.callbacks.registry import REGISTRY
 from tests.helpers.runs import TEN, dies_at, saving
 from tests.helpers.weight import numbers, trainer
 from trainkit._loop.stopwatch import PARTS, Stopwatch
 from trainkit.callbacks import Lambda, LogMetrics, Throughput
 from trainkit.callbacks._peaks import peak_of
-from trainkit.testing import check_callback
 
 EVERY = tk.Every(steps=2)
 
@@ -229,7 +227,3 @@ def test_a_leaf_that_is_not_there_and_a_function_that_returns_no_number():
         trainer(Throughput(EVERY, items={"tokens": "token"})).fit(numbers(1), epochs=1)
     with pytest.raises(TypeError, match=r"must return a number.*got ndarray of shape \(4,\)"):
         trainer(Throughput(EVERY, items={"tokens": lambda batch: batch})).fit(numbers(1), epochs=1)
-
-
-def test_conformance():
-    check_callback(REGISTRY["Throughput"])

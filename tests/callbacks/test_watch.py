@@ -203,7 +203,3 @@ def test_arguments():
         Watch(norms=False)
     with pytest.raises(TypeError, match="every=50"):
         Watch(50)
-
-
-def test_the_promises_of_a_callback():
-    tk.testing.check_callback(lambda: Watch(tk.Every(steps=2), histograms=True))

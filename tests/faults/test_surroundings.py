@@ -89,7 +89,8 @@ def test_a_run_begun_anew_where_there_are_checkpoints_is_refused(tmp_path):
     fit(make(tmp_path))
     before = steps(tmp_path)
     with pytest.raises(
-        ValueError, match=r"has checkpoints of the steps 8, 10, 12, .* fit\(\.\.\., resume=True\)"
+        ValueError,
+        match=r"holds a run already \(logs, checkpoints up to step 12\).*fit\(\.\.\., resume=True\)",
     ):
         make(tmp_path).fit(numbers(1), steps=1, eval_data=numbers(7))
     assert steps(tmp_path) == before
