@@ -43,7 +43,7 @@ class Dispatcher:
             self._begun.append(callback)
             if callback.implements("on_fit_start"):
                 self._call(callback, "on_fit_start")
-            if callback.implements("on_step"):
+            if callback.phase is Phase.WRITE and callback.implements("on_step"):
                 _tell_if_never_due(callback, self._info_for(callback, "on_fit_start").plan)
 
     def call(self, hook: str) -> None:
