@@ -65,7 +65,7 @@ def test_processes_meet_as_often_as_slow_steps_ask_for(first, each, met):
     for step in range(1, met[-1] + 1):
         now[0] += first if step == 1 else each
         if step >= meetings.next_step:
-            meetings.meet(step)
+            meetings.meet(step, ())
             found.append(step)
             assert meetings.seconds == now[0]
     assert found == met
@@ -75,11 +75,11 @@ def test_they_meet_in_an_evaluation_too():
     now, found, interrupts = [0.0], [], Interrupts(alone=False)
     meetings = Meetings(interrupts, lambda: now[0], 0, together=True)
     now[0] += 60
-    meetings.meet(3)  # a step takes 20 s
+    meetings.meet(3, ())  # a step takes 20 s
     look = meetings.during_evaluation()
     for batches in range(9):
         before = meetings.seconds
-        look(batches)
+        look(batches, ())
         found += [batches] if meetings.seconds != before else []
         now[0] += 4
     assert found == [1, 3, 5, 7]

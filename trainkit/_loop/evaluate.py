@@ -30,13 +30,14 @@ def evaluate(
     engine: Engine,
     state: TrainState,
     source: Source,
-    interrupted: Callable[[int], bool] = lambda batches: False,
+    interrupted: Callable[[int, PyTree], bool] = lambda batches, running: False,
     wait: Callable[[PyTree], None] | None = None,
 ) -> dict[str, Any] | None:
     """Returns the metrics of `state` over one pass of `source`, floats or NumPy arrays by name.
 
-    It is None where `interrupted`, given how many calls were made, said so between two. `wait` is given the state
-    before anything waits for the devices, so that it can be told from the evaluation how long the steps before took.
+    It is None where `interrupted`, given how many calls were made and what the last one returns, said so. `wait` is
+    given the state before anything waits for the devices, so that it can be told from the evaluation how long the steps
+    before took.
 
     Raises:
         ValueError: the source is empty.
@@ -52,7 +53,7 @@ def evaluate(
     carry, segments, carried, given = prepared.empty, [], 0, 0
     beside: list[dict[str, np.ndarray]] = []
     for number, batch in enumerate(prepared.batches or batches, start=1):
-        if interrupted(number - 1):
+        if interrupted(number - 1, carry):
             return None
         fed = feed.place(batch)
         carry, collected = prepared.step(state, carry, fed.batch, fed.mask)

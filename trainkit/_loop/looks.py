@@ -64,13 +64,16 @@ class Looks:
             metrics |= {f"{name}/{metric}": value for metric, value in values.items()}
         return metrics
 
-    def _breaking_off(self) -> Callable[[int], bool]:
-        """Returns what says whether a signal breaks an evaluation off, given its batches done; processes meet there."""
+    def _breaking_off(self) -> Callable[[int, PyTree], bool]:
+        """Returns what says whether a signal breaks an evaluation off; processes meet there.
+
+        It is given the batches done, and what the last call of a program returns.
+        """
         look = self._meetings.during_evaluation() if self._together else None
 
-        def asked(batches: int) -> bool:
+        def asked(batches: int, running: PyTree) -> bool:
             if look is not None:
-                look(batches)
+                look(batches, running)
             return self._interrupts.received is not None
 
         return asked

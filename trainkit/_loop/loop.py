@@ -159,7 +159,7 @@ class Loop:
             raise errors[0]
         step = int(standing.raw.step)  # waits for it
         if self._together:
-            self._meetings.meet(step)
+            self._meetings.meet(step, standing.raw)
         self._dispatch.call("_on_result")
         seconds, timing = self._watch.read()
         return FitResult(
@@ -196,8 +196,11 @@ class Loop:
         if ahead:
             chores.append(Chore(Every(steps=ahead), lambda: jax.block_until_ready(self._metrics.packed)))
         if self._together:
-            chores.append(Chore(Every(steps=EVERY), lambda: self._meetings.meet(self.standing.step)))
+            chores.append(Chore(Every(steps=EVERY), self._meet))
         return chores
+
+    def _meet(self) -> None:
+        self._meetings.meet(self.standing.step, (self.standing.raw, self._metrics.packed))
 
     def _since(self) -> float:
         """Returns the seconds since the fit began."""
@@ -359,7 +362,7 @@ class Loop:
         for chore in self._chores.take_due(self.standing.step, epoch, 0.0):
             chore.run()
         if self.standing.step >= self._meetings.next_step:
-            self._meetings.meet(self.standing.step)
+            self._meet()
         self._stop_if_interrupted()
         now = self._seconds()
         steppers = self._steppers.take_due(self.standing.step, epoch, now)

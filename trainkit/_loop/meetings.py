@@ -6,7 +6,10 @@ Owns the steps and batches between two meetings, which are the same on every pro
 
 from collections.abc import Callable
 
+import jax
+
 from trainkit._core.cadence import NEVER
+from trainkit._core.typing import PyTree
 from trainkit._loop.interrupts import Interrupts
 
 EVERY = 32
@@ -39,18 +42,24 @@ class Meetings:
         self.next_step = step + 1 if together else NEVER
         self.seconds = 0.0
 
-    def meet(self, step: int) -> None:
-        """Meets after a step."""
+    def meet(self, step: int, running: PyTree) -> None:
+        """Meets after a step; `running` is what it returns.
+
+        Programs that were dispatched are waited for: on a CPU their collectives and that of a meeting would be carried
+        out in no order, and in another one on each process.
+        """
+        jax.block_until_ready(running)
         self._agree(step - self._step)
         self._step, self.next_step = step, step + self._apart
 
-    def during_evaluation(self) -> Callable[[int], None]:
-        """Returns what to call with the number of batches done, before each one of an evaluation."""
+    def during_evaluation(self) -> Callable[[int, PyTree], None]:
+        """Returns what to call before each batch of an evaluation, with the number done and what the last returns."""
         met, apart = 0, self._apart
 
-        def look(batches: int) -> None:
+        def look(batches: int, running: PyTree) -> None:
             nonlocal met, apart
             if batches - met >= apart:
+                jax.block_until_ready(running)
                 self._agree(batches - met)
                 met, apart = batches, self._apart
 

@@ -14,7 +14,7 @@ from trainkit.data._source import Source
 
 
 def pooled_statistics(
-    engine: Engine, state: TrainState, source: Source, interrupted: Callable[[int], bool]
+    engine: Engine, state: TrainState, source: Source, interrupted: Callable[[int, PyTree], bool]
 ) -> PyTree | None:
     """Returns `state.batch_stats` with the statistics of all examples of `source`, in NumPy arrays.
 
@@ -26,7 +26,7 @@ def pooled_statistics(
         engine: of the trainer.
         state: its parameters are those that the statistics are for.
         source: passed over once, in its order.
-        interrupted: given how many batches were passed over.
+        interrupted: given how many batches were passed over, and what the last call returns.
 
     Raises:
         ValueError: the source is empty, or no layer takes statistics of a batch.
@@ -35,13 +35,14 @@ def pooled_statistics(
     first, batches, _ = peek(engine, source)
     step, feed = engine.prepare_statistics(state, source, first)
     raw, pool = with_raw_key(state.replace(opt_state=(), hooks={})), _Pool()
-    fetching, sizes = Fetching(engine), []
+    fetching, sizes, running = Fetching(engine), [], None
     for number, batch in enumerate(batches):
-        if interrupted(number):
+        if interrupted(number, running):
             return None
         fed = feed.place(batch)
         with explained_errors():
-            fetching.add(step(raw, fed.batch, fed.mask), None)
+            running = step(raw, fed.batch, fed.mask)
+        fetching.add(running, None)
         sizes.append(fed.real)
         for measured in fetching.take():
             pool.add(measured, sizes.pop(0))

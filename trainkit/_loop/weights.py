@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 
 from trainkit._core.state import TrainState
 from trainkit._core.tree import copy_arrays
+from trainkit._core.typing import PyTree
 from trainkit._engine.engine import Engine
 from trainkit._engine.views import AVERAGED
 from trainkit._loop.standing import Standing
@@ -44,7 +45,7 @@ class Weights:
         self,
         engine: Engine,
         standing: Standing,
-        breaking_off: Callable[[], Callable[[int], bool]],
+        breaking_off: Callable[[], Callable[[int, PyTree], bool]],
         timed: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self._engine, self._standing, self._breaking_off, self._timed = engine, standing, breaking_off, timed
@@ -59,7 +60,7 @@ class Weights:
     def settle(self) -> None:
         """Has the state remember the statistics of every view, unless a signal comes: the fit goes on later then."""
         for view in self._engine.views.all:
-            if view.refresh is not None and not self._breaking_off()(0):
+            if view.refresh is not None and not self._breaking_off()(0, None):
                 with self._timed("eval"):
                     self._remember(view)
 
@@ -71,7 +72,7 @@ class Weights:
 
 
 def _refreshed(
-    engine: Engine, state: TrainState, view: View, interrupted: Callable[[int], bool]
+    engine: Engine, state: TrainState, view: View, interrupted: Callable[[int, PyTree], bool]
 ) -> TrainState | None:
     """Returns `state` with the batch statistics that a view wants; None where `interrupted` said so."""
     if view.refresh is None or not view.refresh.wanted(state):
@@ -85,5 +86,5 @@ def _refreshed(
     return engine.strategy.lay_out(view.refresh.keep(state, placed))
 
 
-def _never(batches: int) -> bool:
+def _never(batches: int, running: PyTree) -> bool:
     return False
