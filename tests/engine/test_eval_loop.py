@@ -153,7 +153,7 @@ def test_rows_that_are_collected_come_batch_by_batch():
 def test_it_can_be_interrupted_between_calls():
     trainer, source = trained(), tk.data.Arrays(arrays(1000), 5)
     asked = iter([False, False, True])
-    assert evaluate(trainer._engine, trainer.state, source, lambda calls: next(asked)) is None
+    assert evaluate(trainer._engine, trainer.state, source, lambda calls, running: next(asked)) is None
 
 
 def test_what_counts_as_light():
