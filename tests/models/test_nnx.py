@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 
 import trainkit as tk
+from trainkit._models.nnx import NnxModel
+from trainkit._models.precision import resolve_precision
 
 STEPS = 20
 
@@ -196,6 +198,29 @@ def test_mixed_precision_computes_in_it_and_keeps_float32(precision):
     half = jnp.dtype(precision)
     assert seen == {"kernel": half, "x": half, "y": half, "params": jnp.float32, "losses": jnp.float32}
     assert {leaf.dtype for leaf in jax.tree.leaves(result.state.params)} == {jnp.dtype("float32")}
+
+
+def test_a_module_called_while_another_is_casts_for_itself():
+    seen, key = [], jax.random.key(0)
+
+    class Nested(nnx.Module):
+        def __init__(self, rngs):
+            self.w = nnx.Param(jnp.ones(()))
+
+        def __call__(self, x):
+            seen.append(x.dtype)
+            if len(seen) == 1:
+                call()
+            return x * self.w
+
+    model = NnxModel(Nested, resolve_precision("bfloat16"))
+    variables = model.init(lambda module: None, key)
+
+    def call():
+        return model.apply(lambda module: module(jnp.ones(3)), variables, key, train=True)[0]
+
+    assert call().dtype == jnp.float32
+    assert seen == [jnp.bfloat16, jnp.bfloat16]
 
 
 class Counter(nnx.Variable):

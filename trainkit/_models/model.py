@@ -47,11 +47,6 @@ class Model(abc.ABC):
     def module(self, variables: Variables, rng: jax.Array) -> Any:
         """Returns the module with these variables, not training: for people to call."""
 
-    @property
-    def starts_from_arrays(self) -> bool:
-        """Whether the first parameters are given, and not computed."""
-        return False
-
     def names(self) -> dict[str, tuple[str | None, ...]]:
         """Returns the names of the mesh axes that divide the dimensions of a parameter, by path, where it says so."""
         return {}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainkit._core.typing import Variables
+from trainkit._models.casts import in_dtypes_of
 from trainkit._models.model import Interceptor, Model, ScopedFunction
 from trainkit._models.precision import Precision
 
@@ -67,11 +68,6 @@ class NnxModel(Model):
         self._intercept: Interceptor | None = None
         self._template  # noqa: B018 (what is no model is refused now)
 
-    @property
-    def starts_from_arrays(self) -> bool:
-        """Whether the weights are those of an object, and not computed."""
-        return self._object is not None
-
     # Initialisation -------------------------------------------------------------------------------------------
 
     def init(self, fn: ScopedFunction, rng: jax.Array, *args: Any) -> dict[str, Any]:
@@ -98,17 +94,15 @@ class NnxModel(Model):
             with jax.ensure_compile_time_eval():
                 module = nnx.eval_shape(lambda: _made(make, nnx.Rngs(jax.random.key(0))))
         graph, state = nnx.split(module)
-        kept = [
-            (path, one) for path, one in nnx.to_flat_state(state) if not isinstance(one, nnx.Intermediate)
-        ]
-        if len(kept) < len(nnx.to_flat_state(state)):
+        found = list(nnx.to_flat_state(state))
+        if any(isinstance(one, nnx.Intermediate) for _, one in found):
             # What earlier calls of the object sowed is fresh in every call here.
             module = nnx.clone(module)
             nnx.pop(module, nnx.Intermediate)
             graph, state = nnx.split(module)
-            kept = list(nnx.to_flat_state(state))
-        parts = tuple(_Part(path, _collection(one), _abstract(one)) for path, one in kept)
-        _check_names(kept)
+            found = list(nnx.to_flat_state(state))
+        parts = tuple(_Part(path, _collection(one), _abstract(one)) for path, one in found)
+        _check_names(found)
         return _Template(graph, parts)
 
     def names(self) -> dict[str, tuple[str | None, ...]]:
@@ -138,9 +132,11 @@ class NnxModel(Model):
         for part in self._template.parts:
             if part.collection not in (None, _PARAMS):
                 before = _get(variables[part.collection], part.path)
-                new = values.get(part.path, before)
-                _put(updated.setdefault(part.collection, {}), part.path, _like(new, before) if mixed else new)
-        return self._precision.to_output(result) if mixed else result, updated
+                _put(updated.setdefault(part.collection, {}), part.path, values.get(part.path, before))
+        if not mixed:
+            return result, updated
+        updated = {name: in_dtypes_of(variables[name], value) for name, value in updated.items()}
+        return self._precision.to_output(result), updated
 
     def merged(self, variables: Variables, rng: jax.Array, *, train: bool) -> Any:
         """Returns a fresh module that holds `variables`, in `train()` or `eval()` mode.
@@ -287,26 +283,15 @@ def _get(tree: Mapping[Any, Any], path: Path) -> Any:
     return tree
 
 
-def _like(new: Any, before: Any) -> Any:
-    """Returns a value with its floats in the dtypes they had."""
-
-    def cast(leaf: Any, old: Any) -> Any:
-        floats = jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and jnp.issubdtype(
-            jnp.result_type(old), jnp.floating
-        )
-        return leaf.astype(old.dtype) if floats and leaf.dtype != old.dtype else leaf
-
-    same = jax.tree.structure(new) == jax.tree.structure(before)
-    return jax.tree.map(cast, new, before) if same else new
-
-
 Wrap = Callable[[Any, str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """`wrap(module, name of the method, method bound, args, kwargs)` returns what the call gives."""
 
 
-@functools.lru_cache
 def _casting(cls: type, precision: Precision) -> type:
-    """Returns a subclass whose methods, called from outside, take inputs and return outputs in the policy's dtypes."""
+    """Returns a subclass whose methods, called from outside, take inputs and return outputs in the policy's dtypes.
+
+    It is for one module: of two that are traced at a time, in two threads, each knows whether it is inside of itself.
+    """
     inside = [False]
 
     def cast(module: Any, name: str, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
