@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import resource
-import shutil
 import stat
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import jax
 import pytest
 
 from tests.engine.starts import start
+from tests.helpers.processes import on_a_disk
 from trainkit._engine import compile_cache
 from trainkit._engine.program_files import ProgramFiles
 
@@ -277,12 +277,7 @@ def test_a_write_that_is_broken_off_leaves_nothing_and_is_said_once(tmp_path, ca
 @pytest.mark.parametrize("disk", ["size=8k", "ro"])
 def test_a_disk_that_is_full_or_read_only_is_said_once_and_training_goes_on(tmp_path, disk):
     (folder := tmp_path / "trainkit").mkdir()
-    # In a mount namespace of its own: it goes with the process.
-    mount = f'mount -t tmpfs -o mode=700,{disk} tmpfs {folder} && exec "$@"'
-    alone = ["unshare", "-m", "sh", "-c", mount, "sh"]
-    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small disk")
-    done = begin(tmp_path, "logs", 2, *alone)
+    done = begin(tmp_path, "logs", 2, *on_a_disk(folder, f"mode=700,{disk}"))
     out, told = done.communicate(timeout=100)
     assert done.returncode == 0, told
     assert json.loads(out)[0][TRAIN] == 1

@@ -3,7 +3,6 @@
 import contextlib
 import pathlib
 import resource
-import shutil
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import pytest
 
 from tests.faults.kill import ROOT
 from tests.faults.small import Raises, check_whole, fit, make, steps
+from tests.helpers.processes import on_a_disk
 from trainkit.callbacks import Callback, Lambda
 
 LIMIT = 1_000_000
@@ -72,12 +72,7 @@ def test_a_file_that_may_not_grow(tmp_path, kind):
 def test_a_disk_that_fills_up(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    # In a mount namespace of its own: it goes with the process.
-    mount = f'mount -t tmpfs -o size={LIMIT} tmpfs {disk} && exec "$@"'
-    alone = ["unshare", "-m", "sh", "-c", mount, "sh"]
-    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small disk")
-    command = [*alone, sys.executable, "-m", "tests.faults.test_disk", disk]
+    command = [*on_a_disk(disk, f"size={LIMIT}"), sys.executable, "-m", "tests.faults.test_disk", disk]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 

@@ -12,6 +12,7 @@ import pytest
 import trainkit as tk
 from tests.faults.kill import ROOT
 from tests.faults.small import Raises, arrays, check_whole, fit, make, steps
+from tests.helpers.processes import on_a_disk
 from tests.helpers.runs import flip, largest_file
 from tests.helpers.weight import numbers, trainer, weight
 from trainkit.checkpoint._manifest import read_json
@@ -318,11 +319,13 @@ def test_a_save_that_cannot_begin_ends_the_process(tmp_path):
 def test_a_disk_without_inodes(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = f'mount -t tmpfs -o size=4m,nr_inodes=30 tmpfs {disk} && exec "$@"'
-    alone = ["unshare", "-m", "sh", "-c", mount, "sh"]
-    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small disk")
-    command = [*alone, sys.executable, "-m", "tests.faults.test_folders", disk]
+    command = [
+        *on_a_disk(disk, "size=4m,nr_inodes=30"),
+        sys.executable,
+        "-m",
+        "tests.faults.test_folders",
+        disk,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "could not be saved" in done.stdout

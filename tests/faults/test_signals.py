@@ -3,8 +3,6 @@
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -13,8 +11,9 @@ import optax
 import pytest
 
 import trainkit.checkpoint._orbax
-from tests.faults.kill import ROOT, campaign
+from tests.faults.kill import campaign
 from tests.faults.small import STEPS, check_whole, fit, make, steps
+from tests.helpers.processes import start_and_wait
 from tests.helpers.weight import Weight, WeightTrainer, numbers, trainer
 from trainkit._loop import interrupts
 from trainkit.callbacks import Callback, Checkpoint, Lambda
@@ -198,15 +197,7 @@ print(result.stopped_by, result.step)
 
 
 def test_a_signal_from_another_process(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SIGNALLED, tmp_path],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    process = start_and_wait(SIGNALLED, tmp_path)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate("\n", timeout=120)
     assert (process.returncode, stdout) == (0, "SIGTERM 7\n"), stderr
@@ -231,15 +222,7 @@ for trial in range(100):
 
 
 def test_one_ctrl_c_ends_a_search_over_trainers_with_everything_saved(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SEARCH, tmp_path],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    process = start_and_wait(SEARCH, tmp_path)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate("\n", timeout=120)
     # As of any program that Ctrl-C ended, so that the shell's own loop ends too.

@@ -4,13 +4,12 @@ import concurrent.futures.process
 import functools
 import os
 import subprocess
-import sys
 
 import pytest
 
-from tests.faults.kill import ROOT
 from tests.faults.reader import batches
 from tests.faults.small import STEPS, check_whole, fit, make, steps
+from tests.helpers.processes import start_and_wait
 from tests.helpers.weight import numbers, trainer
 from trainkit.callbacks import Checkpoint, Lambda
 
@@ -68,15 +67,7 @@ print("whole")
 
 
 def test_a_second_run_in_a_folder_is_refused_and_the_first_unharmed(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", FIRST, tmp_path],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    process = start_and_wait(FIRST, tmp_path)
     for resume in (True, False):
         with pytest.raises(ValueError, match=f"is being written to by another run .*process {process.pid} "):
             make(tmp_path).fit(numbers(1), steps=1, resume=resume)
